@@ -1,0 +1,139 @@
+"""The error tree of edgead.
+
+Every error says what was wanted, what came instead, and what to do next. The class tells whose move it is:
+
+    EdgeadError
+    ├── UserError                 the caller can mend it; exit code 2
+    │   ├── InputError            a path, folder, option or argument
+    │   │   ├── OutputExistsError     the output is already there and --force was not given
+    │   │   └── MissingDependencyError  an optional package is not installed
+    │   ├── ImageError            a file that is no picture, or one outside the limits
+    │   ├── BundleError           a bundle that is truncated, edited, too new or foreign
+    │   │   └── EngineMismatchError   an engine built for another GPU, library or version
+    │   ├── KnowledgeError        a pack that is damaged, foreign, over capacity or not finite
+    │   ├── DetectorError         a module or detector file that breaks the graph contract
+    │   └── BackboneError         an unknown backbone, or weights that do not fit it
+    └── FailureError              the work itself failed; exit code 1
+        ├── EngineError           an inference library refused or failed
+        ├── ParityError           a compiled engine disagrees with its torch reference
+        └── StorageError          no permission, no space, an I/O fault
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from os import PathLike
+
+
+class EdgeadError(Exception):
+    """Base of all errors that edgead raises on purpose.
+
+    Args:
+        wanted: what the operation needed, as a phrase ("a folder with at least 2 images").
+        got: what it found instead.
+        next_step: what the reader can do about it, as an imperative sentence.
+    """
+
+    exit_code = 1
+
+    def __init__(self, *, wanted: str, got: str, next_step: str = "") -> None:
+        self.wanted = wanted
+        self.got = got
+        self.next_step = next_step
+        super().__init__(wanted, got, next_step)
+
+    def __str__(self) -> str:
+        text = f"wanted {self.wanted}; got {self.got}"
+        return f"{text}. {self.next_step}" if self.next_step else text
+
+
+class UserError(EdgeadError):
+    """Something the caller can mend; the command line exits with 2."""
+
+    exit_code = 2
+
+
+class InputError(UserError):
+    """A path, folder, option or argument is not usable."""
+
+
+class OutputExistsError(InputError):
+    """The output is already there and overwriting was not asked for."""
+
+
+class MissingDependencyError(InputError):
+    """An optional package is not installed."""
+
+
+class ImageError(UserError):
+    """A file or frame is not a picture that edgead accepts."""
+
+
+class BundleError(UserError):
+    """A bundle is truncated, edited, of a newer schema, or not a bundle."""
+
+
+class EngineMismatchError(BundleError):
+    """An engine was built for another GPU, compute capability or library version."""
+
+
+class KnowledgeError(UserError):
+    """A knowledge pack is damaged, foreign to the engine, over capacity or not finite."""
+
+
+class DetectorError(UserError):
+    """A module or a fitted-detector file does not obey the graph contract."""
+
+
+class BackboneError(UserError):
+    """A backbone is unknown, or its weights are missing or do not fit."""
+
+
+class FailureError(EdgeadError):
+    """The work itself failed; the command line exits with 1."""
+
+
+class EngineError(FailureError):
+    """An inference library refused a model or failed on a frame."""
+
+
+class ParityError(FailureError):
+    """A compiled engine disagrees with its torch reference beyond the tolerance."""
+
+
+class StorageError(FailureError):
+    """The file system refused: permission, space or I/O."""
+
+
+@contextlib.contextmanager
+def storage_errors(path: str | PathLike[str], wanted: str) -> Iterator[None]:
+    """Turn `OSError` from the block into `StorageError` that names `path`.
+
+    Raises:
+        StorageError: the block raised `OSError` (no permission, disk full, I/O fault).
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StorageError(
+            wanted=f"{wanted} at {path}",
+            got=f"the system's refusal: {reason}",
+            next_step="Check the permissions and the free space there, or name another place.",
+        ) from error
+
+
+def missing_dependency(package: str, extra: str, purpose: str) -> MissingDependencyError:
+    """The error for an absent optional package, with the exact line that installs it.
+
+    Args:
+        package: the import name that was not found.
+        extra: the extra of the `edgead` distribution that brings it.
+        purpose: what it was needed for, as a phrase.
+    """
+    return MissingDependencyError(
+        wanted=f"the package '{package}' for {purpose}",
+        got="an environment without it",
+        next_step=f"Run: pip install 'edgead[{extra}]'",
+    )

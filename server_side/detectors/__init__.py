@@ -1,0 +1,1 @@
+"""One module per method: a trunk and a head that obey the graph contract."""

@@ -1,0 +1,5 @@
+"""`python -m edgead` is the `edgead` command."""
+
+from edgead.cli import main
+
+main()
