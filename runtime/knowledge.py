@@ -251,8 +251,8 @@ def head_feeds(
         pad_to: rows to pad a bank to with zeros, by name; others are given exactly.
 
     Returns:
-        arrays in the head's dtypes, and the int32 [1] counts of valid rows. An empty bank is one zero row
-        with a count of 0.
+        arrays in the head's dtypes, and the int32 [1] counts of valid rows. An empty bank is `min_rows` zero
+        rows (one, by default) with a count of 0.
 
     Raises:
         KnowledgeError: see `check_fits`.
@@ -263,7 +263,7 @@ def head_feeds(
         array = pack.arrays[port.name]
         rows = array.shape[0] if array.ndim else 0
         if port.rows is not None:
-            wanted = max((pad_to or {}).get(port.name, rows), 1)
+            wanted = max((pad_to or {}).get(port.name, rows), port.min_rows)
             if wanted > rows:
                 padded = np.zeros((wanted, *array.shape[1:]), array.dtype)
                 padded[:rows] = array
@@ -294,7 +294,9 @@ def _check_port(
                 f"{other[0]} in {other[1]}, {size} in {port.name}",
             )
     if array.size == 0 and not port.empty_ok:
-        raise _no_fit(f"at least one row in {port.name}", "an empty array")
+        raise _no_fit(f"at least {port.min_rows} rows in {port.name}", "an empty array")
+    if port.rows is not None and 0 < array.shape[0] < port.min_rows:
+        raise _no_fit(f"at least {port.min_rows} rows in {port.name}", str(array.shape[0]))
     if capacity is not None and array.shape[0] > capacity:
         raise KnowledgeError(
             wanted=f"at most {capacity} rows in {port.name}, the capacity of this engine",

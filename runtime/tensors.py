@@ -74,7 +74,7 @@ def encoded_parts(
     ordered = {name: little_endian(arrays[name]) for name in sorted(arrays)}
     yield _header({name: _described(name, array) for name, array in ordered.items()}, metadata)
     for array in ordered.values():
-        yield memoryview(array.reshape(-1).view(np.uint8))
+        yield array.reshape(-1).view(np.uint8).data
 
 
 def decode_tensors(data: bytes, *, header_limit: int) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:

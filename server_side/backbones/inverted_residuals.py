@@ -1,8 +1,8 @@
-"""The MobileNetV2 trunk up to the expansion of its block 13, shared by the teacher and the embedded backbone.
+"""MobileNetV2's trunk up to the expansion of block 13, shared by the teacher and the embedded backbone.
 
-Architecture: Sandler et al., MobileNetV2: Inverted Residuals and Linear Bottlenecks, 2018, table 2; blocks are
-numbered from 0 as in the TensorFlow release. There are no normalisation layers: their effect is folded into
-weights and biases.
+Architecture: Sandler et al., MobileNetV2: Inverted Residuals and Linear Bottlenecks, 2018, table 2; blocks
+are numbered from 0 as in the TensorFlow release. There are no normalisation layers: their effect is folded
+into weights and biases.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ EXPANSIONS: dict[int, tuple[int, int]] = {
     10: (16, 384),
     13: (16, 576),
 }
-"""Block number -> (stride, channels) of the expansions worth tapping: the last at each stride, and block 10's."""
+"""Block number -> (stride, channels) of the expansions worth tapping."""
 
 
 class DownConv2d(nn.Conv2d):
@@ -89,8 +89,8 @@ class InvertedResiduals(nn.Module):
 
     Args:
         taps: block numbers, ascending, keys of `EXPANSIONS`.
-        down_kernel: size of stride-2 kernels. 3 is MobileNetV2 itself, padded below and right only. 4 with one
-            pixel of padding on every side is centred: it has no half-pixel drift from stride to stride.
+        down_kernel: size of stride-2 kernels. 3 is MobileNetV2 itself, padded below and right only. 4 with
+            one pixel of padding on every side is centred: no half-pixel drift from stride to stride.
     """
 
     def __init__(self, taps: Sequence[int], down_kernel: int) -> None:
@@ -106,7 +106,7 @@ class InvertedResiduals(nn.Module):
         self.last = nn.Conv2d(channels, channels * EXPANSION, 1)
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """[B, 3, H, W] float, H and W divisible by 32 -> one [B, C, H / stride, W / stride] in 0..6 per tap."""
+        """[B, 3, H, W] float, sides divisible by 32 -> [B, C, H / stride, W / stride] in 0..6 per tap."""
         maps = []
         x = functional.relu6(self.stem(x))
         for number, block in enumerate(self.blocks):

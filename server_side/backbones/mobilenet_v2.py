@@ -1,7 +1,7 @@
 """The teacher: MobileNetV2 read from a quantised TensorFlow Lite file into a torch module.
 
-OpenVINO reads the file; its 8-bit weights are dequantised (scale * (q - zero point)) into float32, so that the
-module runs wherever torch runs and needs no OpenVINO afterwards.
+OpenVINO reads the file; its 8-bit weights are dequantised (scale * (q - zero point)) into float32, so that
+the module runs wherever torch runs and needs no OpenVINO afterwards.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from edgead.runtime.errors import BackboneError, missing_dependency
+from edgead.server_side.backbones.base import Backbone
 from edgead.server_side.backbones.inverted_residuals import EXPANSIONS, InvertedResiduals, convolutions
 
 INPUT_SCALE = 255 / 128
@@ -27,19 +27,15 @@ DEFAULT_TAPS = (6, 13)
 _CONVOLUTIONS = ("Convolution", "GroupConvolution")
 
 
-class MobileNetV2(nn.Module):
+class MobileNetV2(Backbone):
     """MobileNetV2's expansions as feature maps.
 
     Args:
-        taps: block numbers whose expansion is returned, ascending: of 1, 3, 6, 10, 13 (strides 2, 4, 8, 16, 16).
+        taps: numbers of the blocks whose expansion is returned: of 1, 3, 6, 10, 13 (strides 2, 4, 8, 16, 16).
 
     Raises:
         BackboneError: a tap that is not one of these.
     """
-
-    name: str
-    strides: tuple[int, ...]
-    channels: tuple[int, ...]
 
     def __init__(self, taps: Sequence[int] = DEFAULT_TAPS) -> None:
         super().__init__()
@@ -56,7 +52,7 @@ class MobileNetV2(nn.Module):
         self.trunk = InvertedResiduals(taps, down_kernel=3)
 
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
-        """[B, 3, H, W] float RGB in 0..1, H and W divisible by 32 -> [B, C, H / stride, W / stride] in 0..6."""
+        """As `Backbone.forward`; maps are in 0..6."""
         maps: list[torch.Tensor] = self.trunk(image * INPUT_SCALE + INPUT_SHIFT)
         return maps
 

@@ -1,10 +1,10 @@
 """Choosing between backbones without a test set: painted defects on normal images held out of training.
 
-A *product* is a set of normal images. Some fill a memory bank; the others are scored twice, as they are and with
-a defect painted on them. The score is PatchCore's (Roth et al., Towards Total Recall in Industrial Anomaly
-Detection, 2022) in a short form: 3x3 averaging of each map, all maps on the grid of the finest, a greedy coreset,
-the largest nearest-neighbour distance of an image. Defects are of low to middle visibility, so that the figures
-tell backbones apart rather than saturate.
+A *product* is a set of normal images. Some fill a memory bank; the others are scored twice, as they are and
+with a defect painted on them. The score is PatchCore's (Roth et al., Towards Total Recall in Industrial
+Anomaly Detection, 2022) in a short form: 3x3 averaging of each map, all maps on the grid of the finest, a
+greedy coreset, the largest nearest-neighbour distance of an image. Defects are of low to middle visibility,
+so that the figures tell backbones apart rather than saturate.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def read_picture(path: Path) -> Picture:
     """
     raw = cv2.imdecode(np.fromfile(path, dtype=np.uint8), cv2.IMREAD_COLOR) if path.stat().st_size else None
     if raw is None:
-        raise InputError(wanted=f"an image at {path}", got="a file that does not decode", next_step="Remove it.")
+        raise InputError(
+            wanted=f"an image at {path}", got="a file that does not decode", next_step="Remove it."
+        )
     return np.ascontiguousarray(raw[:, :, ::-1]).astype(np.uint8, copy=False)
 
 
@@ -93,7 +95,9 @@ def product_from_folder(folder: Path, *, bank: int, probes: int, size: int = 256
     order = np.random.default_rng(seed).permutation(len(paths))
     probes = min(probes, len(paths) // 2)
     pictures = [_resized(read_picture(paths[i]), size) for i in order[: bank + probes]]
-    return Product(folder.parent.parent.name or folder.name, tuple(pictures[probes:]), tuple(pictures[:probes]))
+    return Product(
+        folder.parent.parent.name or folder.name, tuple(pictures[probes:]), tuple(pictures[:probes])
+    )
 
 
 def product_from_texture(path: Path, *, bank: int, probes: int, size: int = 256, seed: int = 0) -> Product:
@@ -164,7 +168,9 @@ def _add(picture: NDArray[np.float32], mask: NDArray[np.float32], amount: float)
     return picture + mask[..., None] * amount
 
 
-def paint_defect(picture: Picture, rng: np.random.Generator, strength: float = 1.0) -> tuple[Picture, Picture]:
+def paint_defect(
+    picture: Picture, rng: np.random.Generator, strength: float = 1.0
+) -> tuple[Picture, Picture]:
     """Paint one defect of a random kind on a square picture.
 
     Kinds: scratch, crack, dent (shading), stain, hole, thread, local blur, patch cut from elsewhere.
@@ -258,7 +264,9 @@ def auroc(negatives: NDArray[np.float64], positives: NDArray[np.float64]) -> flo
     return float((below + not_above).mean() / 2 / len(ordered))
 
 
-def score_product(features: Features, product: Product, *, seed: int = 0, device: str = "cpu") -> ProductScore:
+def score_product(
+    features: Features, product: Product, *, seed: int = 0, device: str = "cpu"
+) -> ProductScore:
     """Bank, paint and score one product.
 
     The same seed paints the same defects whatever the backbone is, so that scores are paired.
@@ -277,9 +285,9 @@ def score_product(features: Features, product: Product, *, seed: int = 0, device
     count = len(product.probes)
     images = np.array([d.max() for d in distances], dtype=np.float64)
     side = round(len(distances[0]) ** 0.5)
-    defective = np.concatenate([
-        cv2.resize(mask, (side, side), interpolation=cv2.INTER_AREA).ravel() > 25 for _, mask in painted
-    ])
+    defective = np.concatenate(
+        [cv2.resize(mask, (side, side), interpolation=cv2.INTER_AREA).ravel() > 25 for _, mask in painted]
+    )
     cells = np.concatenate(distances[count:]).astype(np.float64)
     return ProductScore(
         product.name,

@@ -130,7 +130,7 @@ class MemoryBankHead(nn.Module):
         anomalous: Tensor,
         anomalous_rows: Tensor,
         anomalous_weight: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Args:
             patches: float32 [B, P, D].
             normal: float32 [N, D]; the first `normal_rows` [1] (int32) are valid.
@@ -138,7 +138,8 @@ class MemoryBankHead(nn.Module):
             anomalous_weight: float32 [1].
 
         Returns:
-            score float32 [B], anomaly_map float32 [B, H, W], nearest_row int32 [B, P].
+            score float32 [B], anomaly_map float32 [B, H, W], nearest_row int32 [B, P],
+            worst_patch int32 [B].
         """
         distance, nearest = nearest_rows(patches, normal, normal_rows)
         alarm, _ = nearest_rows(patches, anomalous, anomalous_rows)
@@ -150,7 +151,8 @@ class MemoryBankHead(nn.Module):
             score = score * self._reweighting(patches, normal, normal_rows, patch_score, distance, nearest)
         grid = patch_score.unflatten(1, self.grid)
         anomaly_map = self.up_rows @ grid @ self.up_columns
-        return score, anomaly_map, nearest.to(torch.int32)
+        worst = patch_score.argmax(dim=1).to(torch.int32)
+        return score, anomaly_map, nearest.to(torch.int32), worst
 
     def _reweighting(
         self,
@@ -220,6 +222,7 @@ def memory_bank_ports(
         Port("score", "float32", ("B",)),
         Port("anomaly_map", "float32", ("B", preprocessing.height, preprocessing.width)),
         Port("nearest_row", "int32", ("B", patches)),
+        Port("worst_patch", "int32", ("B",)),
     )
     return features, knowledge, outputs
 
