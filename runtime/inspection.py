@@ -1,120 +1,229 @@
-"""What an inspection says: verdict, score, map, regions, evidence, version and timings."""
+"""What the inspector says of one frame, and how that is spelled as a line of JSON."""
 
 from __future__ import annotations
 
-import enum
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
+import msgspec
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from edgead.runtime.spec import Region
 
+STAGES = ("prepare", "trunk", "head", "regions", "total")
+"""Stages of one frame, in the order they happen; `total` is what the caller waited."""
 
-class Verdict(str, enum.Enum):
-    """Three-valued: a frame that nobody looked at is neither good nor bad."""
+
+class Verdict(str, Enum):
+    """The answer for one frame. A frame without an answer is none of a good part."""
 
     OK = "OK"
     NG = "NG"
     NOT_INSPECTED = "NOT_INSPECTED"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class DefectRegion:
-    """One connected place of a frame that is unlike the normal parts.
+    """One connected area of an NG frame's anomaly map.
 
     Attributes:
-        box: in pixels of the source frame.
-        area: in pixels of the source frame.
-        peak: largest value of the anomaly map inside.
-        peak_at: where it is, (x, y) in pixels of the source frame.
+        box: bounding rectangle in pixels of the source frame, before any rotation.
+        area: pixels of the source frame that it covers.
+        peak: largest value of the anomaly map in it.
+        point: (x, y) of that value in pixels of the source frame.
     """
 
     box: Region
-    area: float
+    area: int
     peak: float
-    peak_at: tuple[int, int]
+    point: tuple[int, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Evidence:
-    """Which knowledge decided: the bank row nearest to the most anomalous patch.
+    """The bank row that a patch was compared with: its nearest one.
 
     Attributes:
-        bank: the bank's name.
-        row: index into the bank of that version.
-        row_id: the row's id, the same over all versions.
-        patch: index of the patch, row by row; with tiles, counted through all tiles.
+        bank: name of the memory bank.
+        row: index of the row in it.
+        row_id: the row's id, by which its source image is traced; None if the pack has no ids.
+        point: (x, y) of the patch's peak in pixels of the source frame; None for a detector without maps.
     """
 
     bank: str
     row: int
-    row_id: int
-    patch: int
+    row_id: int | None
+    point: tuple[int, int] | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Inspection:
-    """The answer to one frame.
+    """The result of one frame, made with one version of the knowledge.
 
     Attributes:
-        verdict: OK, NG or NOT_INSPECTED.
-        product: whose knowledge was asked.
-        knowledge: version of that knowledge (first 12 digits of the pack's digest).
-        score: image score; None if the frame was not inspected.
-        normalised: score on the 0..1 scale of `Calibration.normalise`.
-        threshold: the score above which a frame is NG.
-        anomaly_map: float32 [h, w] over the region of interest at the engine's resolution; None for
-            methods without maps and frames that were not inspected.
-        frame_shape: height and width of the source frame.
-        regions: of an NG frame, largest peak first.
-        evidence: what decided; empty if the head does not say.
-        timings: milliseconds by stage: prepare, trunk, head, regions, total.
-        reason: why the frame was not inspected.
+        verdict: NG exactly if the score is greater than the threshold; NOT_INSPECTED has no score.
+        score: image score in the detector's own unit.
+        normalised: the score on a 0..1 scale, 0.5 at the threshold.
+        threshold: the threshold that was applied, from the same knowledge as the score.
+        anomaly_map: float32 [h, w] over the region of interest in the engine's resolution; None if the
+            detector makes none.
+        regions: of an NG frame, by descending peak; empty on OK frames.
+        evidence: the nearest bank rows of the regions' peaks, or of the map's peak on OK frames; empty if
+            the head does not name them.
+        product: the product that the frame was inspected as.
+        knowledge: version of the knowledge, the first 12 digits of its digest.
+        timings: milliseconds by stage, see `STAGES`.
+        reason: why the frame was not inspected; None if it was.
     """
 
     verdict: Verdict
+    score: float | None
+    normalised: float | None
+    threshold: float
+    anomaly_map: NDArray[np.float32] | None
+    regions: tuple[DefectRegion, ...]
+    evidence: tuple[Evidence, ...]
     product: str
     knowledge: str
-    threshold: float
-    score: float | None = None
-    normalised: float | None = None
-    anomaly_map: NDArray[np.float32] | None = None
-    frame_shape: tuple[int, int] = (0, 0)
-    regions: tuple[DefectRegion, ...] = ()
-    evidence: tuple[Evidence, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
     reason: str | None = None
 
     @property
     def passes(self) -> bool:
-        """Whether the part may go on: only an OK. A line that thinks otherwise asks `verdict`."""
+        """Whether the line may let the part go: only after an OK. A frame without an answer stops it."""
         return self.verdict is Verdict.OK
 
-    def to_dict(self) -> dict[str, Any]:
-        """The inspection as JSON-like values, without the map."""
-        return {
-            "verdict": self.verdict.value,
-            "score": self.score,
-            "normalised": None if self.normalised is None else round(self.normalised, 4),
-            "threshold": self.threshold,
-            "product": self.product,
-            "knowledge": self.knowledge,
-            "regions": [
-                {
-                    "box": [region.box.x, region.box.y, region.box.width, region.box.height],
-                    "area": round(region.area, 1),
-                    "peak": region.peak,
-                    "peak_at": list(region.peak_at),
-                }
-                for region in self.regions
-            ],
-            "evidence": [
-                {"bank": item.bank, "row": item.row, "row_id": item.row_id, "patch": item.patch}
-                for item in self.evidence
-            ],
-            "milliseconds": {stage: round(value, 3) for stage, value in self.timings.items()},
-            "reason": self.reason,
-        }
+    def decision(self, unanswered: Verdict = Verdict.NG) -> Verdict:
+        """What the line does with the part, OK or NG; `unanswered` is for frames that were not inspected."""
+        return unanswered if self.verdict is Verdict.NOT_INSPECTED else self.verdict
+
+
+def not_inspected(
+    reason: str,
+    *,
+    product: str,
+    knowledge: str,
+    threshold: float,
+    timings: Mapping[str, float] | None = None,
+) -> Inspection:
+    """The result of a frame that got no answer."""
+    return Inspection(
+        verdict=Verdict.NOT_INSPECTED,
+        score=None,
+        normalised=None,
+        threshold=threshold,
+        anomaly_map=None,
+        regions=(),
+        evidence=(),
+        product=product,
+        knowledge=knowledge,
+        timings=timings or {},
+        reason=reason,
+    )
+
+
+class ResultRegion(Struct, frozen=True):
+    """A `DefectRegion` in a result line: pixels of the source frame, `point` as [x, y]."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+    area: int
+    peak: float
+    point: tuple[int, int]
+
+
+class ResultEvidence(Struct, frozen=True):
+    """An `Evidence` in a result line; `id` is the row's id."""
+
+    bank: str
+    row: int
+    id: int | None
+    point: tuple[int, int] | None
+
+
+class ResultLine(Struct, frozen=True):
+    """One line of `edgead run --json`: the same keys on every line, null where there is nothing to say."""
+
+    path: str
+    verdict: str
+    """OK, NG or NOT_INSPECTED."""
+    decision: str
+    """OK or NG: what the line does, after the setting for frames that were not inspected."""
+    score: float | None
+    normalised: float | None
+    threshold: float
+    regions: tuple[ResultRegion, ...]
+    evidence: tuple[ResultEvidence, ...]
+    product: str
+    knowledge: str
+    """Version of the knowledge that made the score."""
+    ms: dict[str, float]
+    """Milliseconds by stage: prepare, trunk, head, regions, total."""
+    reason: str | None
+    """Why the frame was not inspected."""
+    time: str | None
+    """UTC time at which a camera's frame was taken; null for files."""
+
+
+def result_line(
+    inspection: Inspection, path: str, *, unanswered: Verdict = Verdict.NG, time: str | None = None
+) -> ResultLine:
+    """The result line of one inspection of the frame that is called `path`."""
+    return ResultLine(
+        path=path,
+        verdict=inspection.verdict.value,
+        decision=inspection.decision(unanswered).value,
+        score=inspection.score,
+        normalised=inspection.normalised,
+        threshold=inspection.threshold,
+        regions=tuple(
+            ResultRegion(
+                *(region.box.x, region.box.y, region.box.width, region.box.height),
+                area=region.area,
+                peak=region.peak,
+                point=region.point,
+            )
+            for region in inspection.regions
+        ),
+        evidence=tuple(
+            ResultEvidence(bank=item.bank, row=item.row, id=item.row_id, point=item.point)
+            for item in inspection.evidence
+        ),
+        product=inspection.product,
+        knowledge=inspection.knowledge,
+        ms={stage: round(value, 3) for stage, value in inspection.timings.items()},
+        reason=inspection.reason,
+        time=time,
+    )
+
+
+def encode_line(line: ResultLine) -> bytes:
+    """One line of UTF-8 JSON, with its line feed."""
+    return msgspec.json.encode(line) + b"\n"
+
+
+def decode_line(data: bytes) -> ResultLine:
+    """A result line from its JSON.
+
+    Raises:
+        msgspec.DecodeError: not JSON, or not a result line.
+    """
+    return msgspec.json.decode(data, type=ResultLine)
+
+
+def percentile(values: Any, share: float) -> float:
+    """The smallest of `values` that at least `share` (0..1) of them do not exceed; NaN of no values.
+
+    The nearest-rank definition: the answer is always one of the measurements.
+    """
+    ordered = sorted(values)
+    if not ordered:
+        return math.nan
+    return float(ordered[max(0, math.ceil(share * len(ordered)) - 1)])

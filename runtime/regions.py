@@ -1,76 +1,103 @@
-"""Anomaly map -> regions: connected places above a level, in pixels of the source frame."""
+"""From an anomaly map to the regions that are shown on an NG frame."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from edgead.runtime.image import to_frame
 from edgead.runtime.inspection import DefectRegion
-from edgead.runtime.spec import Region
+from edgead.runtime.spec import Preprocessing, Region
 
-PEAK_SHARE = 0.9
-"""An NG frame whose map stays below the level is outlined at this share of its peak instead."""
-MAX_REGIONS = 32
+LIMIT = 16
+"""Most regions of one frame; the strongest are kept."""
 MIN_AREA = 4
-"""Map pixels; smaller specks are noise of the interpolation unless they hold the frame's peak."""
-
-ToFrame = Callable[[Region], Region]
+"""Pixels of the anomaly map below which a region is taken for noise."""
+PEAK_SHARE = 0.6
+"""Where no map threshold applies: outline what is above this share of the way from the map's least to its
+largest value."""
 
 
 def find_regions(
     anomaly_map: NDArray[np.float32],
-    level: float,
-    to_frame: ToFrame,
+    frame_shape: tuple[int, ...],
+    spec: Preprocessing,
     *,
-    max_regions: int = MAX_REGIONS,
+    threshold: float | None,
+    limit: int = LIMIT,
     min_area: int = MIN_AREA,
 ) -> tuple[DefectRegion, ...]:
-    """Outline what is anomalous in the map of an NG frame.
+    """The connected areas of the map above `threshold`, strongest first; never none.
 
-    There is always at least one region: if nothing is above `level`, the surroundings of the peak.
+    Meant for NG frames: where the map nowhere exceeds the threshold (image score and map can disagree),
+    or there is no threshold, the surroundings of the peak are outlined, so the frame still shows where.
 
     Args:
-        anomaly_map: float32 [h, w].
-        level: map values above it belong to a region.
-        to_frame: turns a rectangle in map pixels into one in source-frame pixels.
-        max_regions: keep at most so many, those with the largest peaks.
-        min_area: in map pixels; the region with the largest peak is kept whatever its size.
+        anomaly_map: float32 [h, w] over the region of interest, finite.
+        frame_shape: of the source frame, [H, W, ...].
+        spec: preprocessing that the map was made under.
+        threshold: map value above which a pixel belongs to a region.
+        limit: most regions to give.
+        min_area: fewest pixels of the map in a region; if no region has that many, the strongest one is
+            given alone.
 
     Returns:
-        regions, largest peak first; 8-connected.
+        regions in pixels of the source frame, by descending peak.
     """
-    peak = float(anomaly_map.max())
-    if peak <= level:
-        floor = float(anomaly_map.min())
-        level = floor + PEAK_SHARE * (peak - floor)
-    mask = (anomaly_map > level).view(np.uint8)
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
-    found: list[tuple[float, int, int, int]] = []
-    for label in range(1, count):
-        x, y, width, height, _ = (int(value) for value in stats[label])
-        window = anomaly_map[y : y + height, x : x + width]
-        inside = np.where(labels[y : y + height, x : x + width] == label, window, -np.inf)
-        best = int(inside.argmax())
-        found.append((float(inside.flat[best]), label, x + best % width, y + best // width))
-    if not found:  # a map without any slope has no outline; its first pixel stands for it
-        row, column = divmod(int(anomaly_map.argmax()), anomaly_map.shape[1])
-        box = to_frame(Region(column, row, 1, 1))
-        return (DefectRegion(box, float(box.width * box.height), peak, (box.x, box.y)),)
-    found.sort(key=lambda item: (-item[0], item[1]))
-    kept = [
-        item
-        for place, item in enumerate(found)
-        if place == 0 or stats[item[1], cv2.CC_STAT_AREA] >= min_area
-    ]
+    low, top, _, _ = cv2.minMaxLoc(anomaly_map)
+    if threshold is None or top <= threshold:
+        mask = anomaly_map >= np.float32(low + PEAK_SHARE * (top - low))
+    else:
+        mask = anomaly_map > threshold
+    bits = mask.view(np.uint8)
+    # Defects are small and labelling is the dearest step here, so it sees only their surroundings.
+    left, upper, width, height = cv2.boundingRect(bits)
+    window = anomaly_map[upper : upper + height, left : left + width]
+    bits = bits[upper : upper + height, left : left + width]
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(bits, connectivity=8)
+    peaks = _peaks(window, labels, bits, count)
+    chosen = _strongest(peaks, stats[:, cv2.CC_STAT_AREA], limit, min_area)
+
+    whole = to_frame(
+        Region(0, 0, anomaly_map.shape[1], anomaly_map.shape[0]), anomaly_map.shape, frame_shape, spec
+    )
+    scale = whole.width * whole.height / anomaly_map.size
     regions = []
-    for value, label, peak_x, peak_y in kept[:max_regions]:
-        x, y, width, height, area = (int(number) for number in stats[label])
-        box = to_frame(Region(x, y, width, height))
-        point = to_frame(Region(peak_x, peak_y, 1, 1))
-        scale = box.width * box.height / (width * height)
-        at = (point.x + point.width // 2, point.y + point.height // 2)
-        regions.append(DefectRegion(box, area * scale, value, at))
+    for label in chosen:
+        x, y, box_width, box_height, area = (int(value) for value in stats[label])
+        crop = slice(y, y + box_height), slice(x, x + box_width)
+        _, _, _, (peak_x, peak_y) = cv2.minMaxLoc(window[crop], (labels[crop] == label).view(np.uint8))
+        box = Region(left + x, upper + y, box_width, box_height)
+        point = Region(box.x + peak_x, box.y + peak_y, 1, 1)
+        regions.append(
+            DefectRegion(
+                box=to_frame(box, anomaly_map.shape, frame_shape, spec),
+                area=max(1, round(area * scale)),
+                peak=float(peaks[label]),
+                point=_centre(to_frame(point, anomaly_map.shape, frame_shape, spec)),
+            )
+        )
     return tuple(regions)
+
+
+def _peaks(
+    values: NDArray[np.float32], labels: NDArray[np.int32], bits: NDArray[np.uint8], count: int
+) -> NDArray[np.float32]:
+    """Largest value by label, float32 [count]; the background's is -inf."""
+    peaks = np.full(count, -np.inf, np.float32)
+    inside = bits.view(np.bool_)
+    np.maximum.at(peaks, labels[inside], values[inside])
+    return peaks
+
+
+def _strongest(
+    peaks: NDArray[np.float32], areas: NDArray[np.int32], limit: int, min_area: int
+) -> NDArray[np.intp]:
+    order = np.argsort(-peaks[1:], kind="stable") + 1
+    large = order[areas[order] >= min_area]
+    return large[:limit] if len(large) else order[:1]
+
+
+def _centre(pixel: Region) -> tuple[int, int]:
+    return pixel.x + pixel.width // 2, pixel.y + pixel.height // 2
