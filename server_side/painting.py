@@ -236,7 +236,7 @@ def _local_tone(scene: Field, cover: Field) -> Field:
 
 def _blend(scene: Field, cover: Field, colour: Field, contrast: float) -> Field:
     share = np.clip(cover * contrast, 0.0, 1.0)[..., None]
-    return scene * (1.0 - share) + colour * share
+    return np.asarray(scene * (1.0 - share) + colour * share, dtype=np.float32)
 
 
 # --- the defects --------------------------------------------------------------------------------------------

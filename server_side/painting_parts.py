@@ -82,7 +82,7 @@ def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], cell: tuple[f
 
 def _cover(distance: Field) -> Field:
     """Signed distance in pixels (positive inside) -> coverage 0..1 with a one-pixel soft edge."""
-    return np.clip(distance + 0.5, 0.0, 1.0)
+    return np.asarray(np.clip(distance + 0.5, 0.0, 1.0), dtype=np.float32)
 
 
 def _develop(linear: Field, rng: np.random.Generator) -> Picture:
@@ -158,8 +158,8 @@ def _flange(rng: np.random.Generator, size: int, new_pattern: bool) -> PaintedPa
     hole = np.repeat(wall[..., None], 3, axis=2)
     disc = _cover(outer)[..., None]
     solid = _cover(inside)[..., None]
-    scene = scene * (1 - disc) + (part * solid + hole * (1 - solid)) * disc
-    return PaintedPart(_develop(scene.astype(np.float32), rng), surface > 0.02 * size, pattern > 0.05)
+    scene = np.asarray(scene * (1 - disc) + (part * solid + hole * (1 - solid)) * disc, dtype=np.float32)
+    return PaintedPart(_develop(scene, rng), surface > 0.02 * size, pattern > 0.05)
 
 
 def _turned_face(rng: np.random.Generator, radius: Field, angle: Field, light: float) -> Field:
@@ -205,11 +205,17 @@ def _belt(rng: np.random.Generator, size: int, x: Field, y: Field) -> Field:
 
 
 _DIGITS = (
-    "01110100011001110101110011000101110 00100011000010000100001000010001110 01110100010000100010001000100011111 "
-    "11111000100010000010000011000101110 00010001100101010010111110001000010 11111100001111000001000011000101110 "
-    "00110010001000011110100011000101110 11111000010001000100010000100001000 01110100011000101110100011000101110 "
-    "01110100011000101111000010001001100"
-).split()
+    "01110100011001110101110011000101110",
+    "00100011000010000100001000010001110",
+    "01110100010000100010001000100011111",
+    "11111000100010000010000011000101110",
+    "00010001100101010010111110001000010",
+    "11111100001111000001000011000101110",
+    "00110010001000011110100011000101110",
+    "11111000010001000100010000100001000",
+    "01110100011000101110100011000101110",
+    "01110100011000101111000010001001100",
+)
 """The digits 0-9 as 5 x 7 dots, row by row: an engraving that looks the same under every OpenCV."""
 
 

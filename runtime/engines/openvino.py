@@ -37,7 +37,7 @@ class OpenVinoEngine(Engine):
         for parameter in model.get_parameters():
             constant = knowledge.get(parameter.get_output_tensor(0).get_any_name())
             if constant is not None:
-                node = ov.op.Constant(constant, shared_memory=True)
+                node = ov.op.Constant(constant)
                 for target in parameter.output(0).get_target_inputs():
                     target.replace_source_output(node.output(0))
                 model.remove_parameter(parameter)
