@@ -1,0 +1,291 @@
+"""Photographs of good parts -> a fitted memory-bank detector."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from edgead import __version__
+from edgead.detector_file import FittedDetector, detector_spec, read_detector, write_detector
+from edgead.runtime.errors import InputError
+from edgead.runtime.files import refuse_existing
+from edgead.runtime.image import list_images, prepare, read_image, tile_count
+from edgead.runtime.knowledge import new_pack
+from edgead.runtime.progress import Progress
+from edgead.runtime.spec import Calibration, DetectorSpec, Preprocessing
+from edgead.server_side.backbones import load_backbone
+from edgead.server_side.banks import BankBuilder
+from edgead.server_side.calibration import calibrate, statement
+from edgead.server_side.detectors.memory_bank import (
+    METHOD,
+    MemoryBankHead,
+    MemoryBankTrunk,
+    memory_bank_ports,
+    patch_grid,
+    receptive_sigma,
+)
+from edgead.server_side.painting import paint_defect
+
+HOLD_OUT_FROM = 25
+"""From so many images on a fifth is held out for calibration; below, each image is held out in its turn."""
+GOLDEN = 4
+"""Golden frames of normal parts; as many again get a painted defect, so both verdicts are tested."""
+FEWEST_ROWS, MOST_ROWS = 2_000, 10_000
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How to fit.
+
+    Attributes:
+        backbone: see `edgead.server_side.backbones.load_backbone`.
+        backbone_weights: local weights file for it.
+        layers: which of its layers; its own choice if None.
+        preprocessing: what happens to a frame before the trunk.
+        rows: rows of the bank; 1 % of all patches, between 2,000 and 10,000, if None.
+        neighbours: the paper's neighbour re-weighting (its b, 9 in the authors' code); 0 leaves it out.
+        false_alarm_rate: wanted share of normal frames called NG.
+        product: name of the product in the knowledge pack.
+        seed: makes everything repeatable.
+    """
+
+    backbone: str = "embedded"
+    backbone_weights: Path | None = None
+    layers: tuple[str | int, ...] | None = None
+    preprocessing: Preprocessing = Preprocessing(256, 256)
+    rows: int | None = None
+    neighbours: int = 0
+    false_alarm_rate: float = 0.01
+    product: str = "part"
+    seed: int = 0
+
+
+def fit_memory_bank(
+    normal: Path | Sequence[Path],
+    output: Path,
+    options: FitOptions | None = None,
+    *,
+    anomalous: Sequence[tuple[Path, Path | None]] = (),
+    force: bool = False,
+) -> FittedDetector:
+    """Fit PatchCore's method on photographs of good parts and write the fitted-detector file.
+
+    Memory: the pool of the coreset (see `BankBuilder`) and the features of the held-out images.
+
+    Args:
+        normal: a folder of images, or the images.
+        output: the `.detector` file to write.
+        options: see `FitOptions`.
+        anomalous: pictures of defects and masks of where they are (None: the whole picture); their patches
+            become the anomalous bank.
+        force: replace an existing file.
+
+    Raises:
+        InputError: fewer than 2 images, or the output exists.
+        ImageError: a file is no picture, or the region of interest is not inside it.
+        BackboneError: unknown backbone or weights.
+        StorageError: the file system refused.
+    """
+    chosen = options if options is not None else FitOptions()
+    refuse_existing(output, force)
+    paths = list_images(normal) if isinstance(normal, Path) else list(normal)
+    if len(paths) < 2:
+        raise InputError(
+            wanted="at least 2 photographs of good parts (20 work, 200 are comfortable)",
+            got=f"{len(paths)}",
+            next_step="Take more photographs: one image cannot show how normal parts differ.",
+        )
+    work = _Work(chosen)
+    order = np.random.default_rng(chosen.seed).permutation(len(paths))
+    held = max(5, round(0.2 * len(paths))) if len(paths) >= HOLD_OUT_FROM else 0
+    calibration_paths = [paths[index] for index in sorted(order[:held])] if held else paths
+    bank_paths = [paths[index] for index in sorted(order[held:])] if held else paths
+
+    bank, sources = work.bank(bank_paths)
+    defects = work.anomalous_rows(anomalous)
+    scores, maxima = work.held_out(calibration_paths, bank, defects, None if held else sources)
+    calibration = calibrate(scores, maxima, false_alarm_rate=chosen.false_alarm_rate)
+    pack = new_pack(
+        product=chosen.product,
+        fingerprint=work.spec.fingerprint,
+        calibration=calibration,
+        arrays={
+            "bank.normal": bank,
+            "bank.anomalous": defects,
+            "anomalous.weight": np.ones(1, np.float32),
+        },
+    )
+    golden = work.golden(calibration_paths)
+    card = work.card(paths, bank, defects, calibration, held)
+    write_detector(
+        output,
+        trunk=work.trunk,
+        head=work.head,
+        spec=work.spec,
+        pack=pack,
+        golden=golden,
+        card=card,
+        force=force,
+    )
+    return read_detector(output)
+
+
+class _Work:
+    """The trunk and head of one fit, and the passes over the images."""
+
+    def __init__(self, options: FitOptions) -> None:
+        self.options = options
+        size = options.preprocessing
+        backbone = load_backbone(
+            options.backbone, weights=options.backbone_weights, layers=options.layers, seed=options.seed
+        )
+        self.trunk = MemoryBankTrunk(backbone).eval()
+        grid, dimensions = patch_grid(self.trunk, size)
+        self.dimensions = dimensions
+        self.patches = grid[0] * grid[1]
+        self.head = MemoryBankHead(
+            grid,
+            (size.height, size.width),
+            sigma=receptive_sigma(min(size.height, size.width)),
+            neighbours=options.neighbours,
+        ).eval()
+        features, knowledge, outputs = memory_bank_ports(size, grid, dimensions, options.neighbours)
+        self.spec: DetectorSpec = detector_spec(
+            self.trunk,
+            method=METHOD,
+            preprocessing=size,
+            features=features,
+            knowledge=knowledge,
+            outputs=outputs,
+        )
+        self._none = np.zeros((0, dimensions), np.float32)
+
+    def embed(self, frame: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Patches of a source frame, float32 [T, P, D]."""
+        with torch.inference_mode():
+            prepared = torch.from_numpy(prepare(frame, self.options.preprocessing))
+            return np.asarray(self.trunk(prepared).numpy())
+
+    def bank(self, paths: Sequence[Path]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        expected = len(paths) * self.patches * tile_count(self.options.preprocessing)
+        rows = self.options.rows or min(MOST_ROWS, max(FEWEST_ROWS, expected // 100))
+        rows = max(rows, self.options.neighbours)
+        builder = BankBuilder(rows, expected, seed=self.options.seed)
+        with Progress("reading normal images", len(paths)) as progress:
+            for place, path in enumerate(progress.track(paths)):
+                builder.add(self.embed(read_image(path)).reshape(-1, self.dimensions), place)
+        bank, sources = builder.build()
+        # Rows in the order of their images: neighbours in the file are neighbours in the world, which
+        # compresses better and makes the pack independent of the order of selection.
+        place = np.argsort(sources, kind="stable")
+        return bank[place], sources[place]
+
+    def anomalous_rows(self, samples: Sequence[tuple[Path, Path | None]]) -> NDArray[np.float32]:
+        """Patches under the masks of anomalous pictures, float32 [M, D]."""
+        found = [self._none]
+        for image_path, mask_path in samples:
+            frame = read_image(image_path)
+            rows = self.embed(frame)
+            if mask_path is not None:
+                mask = read_image(mask_path)
+                if mask.shape != frame.shape:
+                    raise InputError(
+                        wanted=f"a mask of {frame.shape[1]} x {frame.shape[0]} pixels for {image_path}",
+                        got=f"{mask.shape[1]} x {mask.shape[0]} in {mask_path}",
+                        next_step="Draw the mask on the picture itself.",
+                    )
+                prepared = prepare(mask, self.options.preprocessing)[..., 0].astype(np.float32) / 255.0
+                inside = _patch_share(prepared, self.head.grid) >= 0.5
+                if not inside.any():  # a defect smaller than half a patch: the patch that holds most of it
+                    share = _patch_share(prepared, self.head.grid)
+                    inside = share == share.max()
+                found.append(rows[inside])
+            else:
+                found.append(rows.reshape(-1, self.dimensions))
+        return np.concatenate(found)
+
+    def held_out(
+        self,
+        paths: Sequence[Path],
+        bank: NDArray[np.float32],
+        anomalous: NDArray[np.float32],
+        sources: NDArray[np.int64] | None,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Image scores and map maxima [n]; with `sources`, each image is scored without its own rows."""
+        scores, maxima = [], []
+        with Progress("calibrating on held-out images", len(paths)) as progress:
+            for place, path in enumerate(progress.track(paths)):
+                rows = bank if sources is None else bank[sources != place]
+                if not len(rows):
+                    continue
+                score, anomaly_map = self.score(self.embed(read_image(path)), rows, anomalous)
+                scores.append(score)
+                maxima.append(float(anomaly_map.max()))
+        return np.array(scores, np.float32), np.array(maxima, np.float32)
+
+    def score(
+        self, patches: NDArray[np.float32], bank: NDArray[np.float32], anomalous: NDArray[np.float32]
+    ) -> tuple[float, NDArray[np.float32]]:
+        """Image score and anomaly maps [T, H, W] of patches [T, P, D], by the head itself."""
+        defects = anomalous if len(anomalous) else np.zeros((1, self.dimensions), np.float32)
+        with torch.inference_mode():
+            score, anomaly_map, _, _ = self.head(
+                torch.from_numpy(patches),
+                torch.from_numpy(bank),
+                torch.tensor([len(bank)], dtype=torch.int32),
+                torch.from_numpy(defects),
+                torch.tensor([len(anomalous)], dtype=torch.int32),
+                torch.ones(1),
+            )
+        return float(score.max()), np.asarray(anomaly_map.numpy())
+
+    def golden(self, paths: Sequence[Path]) -> NDArray[np.uint8]:
+        """Engine-sized frames of normals, and the same with painted defects."""
+        rng = np.random.default_rng(self.options.seed)
+        frames = []
+        for place, path in enumerate(paths[:GOLDEN]):
+            frame = prepare(read_image(path), self.options.preprocessing)[0]
+            kind = ("scratch", "stain", "crack", "hole")[place % 4]
+            painted, _ = paint_defect(frame, kind, contrast=0.9, rng=rng)
+            frames += [frame, painted]
+        return np.stack(frames)
+
+    def card(
+        self,
+        paths: Sequence[Path],
+        bank: NDArray[np.float32],
+        anomalous: NDArray[np.float32],
+        calibration: Calibration,
+        held: int,
+    ) -> dict[str, Any]:
+        """Facts for the model card: JSON-like, without paths of this machine."""
+        names = hashlib.sha256("\n".join(path.name for path in paths).encode()).hexdigest()
+        return {
+            "method": METHOD,
+            "paper": "Roth et al., Towards Total Recall in Industrial Anomaly Detection, CVPR 2022",
+            "backbone": self.options.backbone,
+            "images": {"all": len(paths), "held_out": held, "names_sha256": names},
+            "bank": {"normal_rows": len(bank), "anomalous_rows": len(anomalous), "dimensions": self.dimensions},
+            "neighbours": self.options.neighbours,
+            "calibration": statement(calibration),
+            "seed": self.options.seed,
+            "made_with": {
+                "edgead": __version__,
+                "torch": str(torch.__version__),
+                "python": platform.python_version(),
+            },
+        }
+
+
+def _patch_share(mask: NDArray[np.float32], grid: tuple[int, int]) -> NDArray[np.float32]:
+    """How much of each patch a mask [T, H, W] of 0..1 covers: [T, P]."""
+    rows = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(mask)[:, None], grid)
+    return np.asarray(rows.flatten(1).numpy())
