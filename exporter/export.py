@@ -283,7 +283,9 @@ def _parity_report(engines: Sequence[EngineRecord], reference: Reference) -> byt
 
 def _name_from(output: Path) -> str:
     stem = output.name.removesuffix(".edgead").removesuffix(".bundle")
-    kept = "".join(letter if letter.isascii() and (letter.isalnum() or letter in "._-") else "-" for letter in stem)
+    kept = "".join(
+        letter if letter.isascii() and (letter.isalnum() or letter in "._-") else "-" for letter in stem
+    )
     return (kept.lstrip("._-") or "bundle")[:128]
 
 

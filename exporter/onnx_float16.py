@@ -35,7 +35,7 @@ def to_float16(model: ModelProto) -> ModelProto:
 
     # The conversion tells float32 values from others by the graph's value_info; a model of more than
     # 2 GiB cannot be sent through ONNX's own inference, and torch's exporter has noted the types already.
-    noted = {value.name for value in model.graph.value_info}
+    noted = {value.name for values in (model.graph.value_info, model.graph.output) for value in values}
     known = all(name in noted for node in model.graph.node for name in node.output if name)
     logger = logging.getLogger("onnxruntime")
     level = logger.level

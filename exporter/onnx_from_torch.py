@@ -88,7 +88,9 @@ def onnx_from_torch(
     return model
 
 
-def save_onnx(model: ModelProto, folder: Path, name: str, *, external_bytes: int = EXTERNAL_BYTES) -> list[str]:
+def save_onnx(
+    model: ModelProto, folder: Path, name: str, *, external_bytes: int = EXTERNAL_BYTES
+) -> list[str]:
     """Write a model into `folder` and check it; returns the names of the files written.
 
     Weights of more than `external_bytes` in all go to `<name>.data`, so no model is too large.

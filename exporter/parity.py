@@ -48,7 +48,9 @@ class Reference:
 def reference_of(detector: FittedDetector) -> Reference:
     """Run the traced graphs in torch on the golden frames, one at a time."""
     trunk, head = detector.trunk.module(), detector.head.module()
-    knowledge = [torch.from_numpy(array.copy()) for array in head_feeds(detector.pack, detector.spec).values()]
+    knowledge = [
+        torch.from_numpy(array.copy()) for array in head_feeds(detector.pack, detector.spec).values()
+    ]
     features: list[tuple[torch.Tensor, ...]] = []
     outputs: list[tuple[torch.Tensor, ...]] = []
     with torch.inference_mode():

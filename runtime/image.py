@@ -76,7 +76,9 @@ def read_image(path: str | Path, limits: Limits = DEFAULT_LIMITS) -> Frame:
 
 def encode_png(frame: Frame) -> bytes:
     """A frame, uint8 RGB [H, W, 3], as PNG bytes; the same frame gives the same bytes."""
-    done, data = cv2.imencode(".png", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, 6])
+    done, data = cv2.imencode(
+        ".png", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_PNG_COMPRESSION, 6]
+    )
     if not done:
         raise ImageError(wanted="a frame to encode as PNG", got=f"{frame.dtype} {list(frame.shape)}")
     return data.tobytes()
@@ -135,7 +137,9 @@ def check_frame(frame: NDArray[np.generic], spec: Preprocessing) -> None:
         )
     height, width = _rotated_shape(frame.shape, spec)
     if not height or not width:
-        raise ImageError(wanted="a frame with pixels", got=f"{list(frame.shape)}", next_step="Check the camera.")
+        raise ImageError(
+            wanted="a frame with pixels", got=f"{list(frame.shape)}", next_step="Check the camera."
+        )
     roi = spec.roi
     if roi is not None and (roi.x + roi.width > width or roi.y + roi.height > height):
         raise ImageError(

@@ -275,9 +275,7 @@ class Inspector:
         merged = merge_maps(maps, (frame.shape[0], frame.shape[1]), self.spec.preprocessing)
         return merged.copy() if np.shares_memory(merged, maps) else merged
 
-    def _evidence(
-        self, outputs: Mapping[str, NDArray[Any]], tile: int, pack: Pack
-    ) -> tuple[Evidence, ...]:
+    def _evidence(self, outputs: Mapping[str, NDArray[Any]], tile: int, pack: Pack) -> tuple[Evidence, ...]:
         nearest, worst = outputs.get("nearest_row"), outputs.get("worst_patch")
         if nearest is None or worst is None:
             return ()
@@ -292,7 +290,12 @@ class Inspector:
         return (Evidence(bank, row, int(ids[row]), tile * nearest.shape[1] + patch),)
 
     def _unanswered(
-        self, knowing: _Knowing, frame: NDArray[np.uint8], start: float, timings: dict[str, float], reason: str
+        self,
+        knowing: _Knowing,
+        frame: NDArray[np.uint8],
+        start: float,
+        timings: dict[str, float],
+        reason: str,
     ) -> Inspection:
         return Inspection(
             verdict=Verdict.NOT_INSPECTED,

@@ -273,7 +273,11 @@ class _Work:
             "paper": "Roth et al., Towards Total Recall in Industrial Anomaly Detection, CVPR 2022",
             "backbone": self.options.backbone,
             "images": {"all": len(paths), "held_out": held, "names_sha256": names},
-            "bank": {"normal_rows": len(bank), "anomalous_rows": len(anomalous), "dimensions": self.dimensions},
+            "bank": {
+                "normal_rows": len(bank),
+                "anomalous_rows": len(anomalous),
+                "dimensions": self.dimensions,
+            },
             "neighbours": self.options.neighbours,
             "calibration": statement(calibration),
             "seed": self.options.seed,

@@ -165,9 +165,7 @@ class Engine(abc.ABC):
     def _trunk(self, inputs: tuple[Port, ...], outputs: tuple[Port, ...]) -> Session: ...
 
     @abc.abstractmethod
-    def _head(
-        self, inputs: tuple[Port, ...], outputs: tuple[Port, ...], knowledge: Arrays
-    ) -> Session: ...
+    def _head(self, inputs: tuple[Port, ...], outputs: tuple[Port, ...], knowledge: Arrays) -> Session: ...
 
     def close(self) -> None:
         """Free what the library holds beside the sessions. May be called twice."""

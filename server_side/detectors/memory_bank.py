@@ -251,4 +251,3 @@ __all__: Sequence[str] = (
     "receptive_sigma",
     "smoothing_matrix",
 )
-

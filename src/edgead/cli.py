@@ -15,7 +15,7 @@ from edgead.runtime.errors import EdgeadError, missing_dependency
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("edgead.demo:demo", "See everything on painted parts; ends in report.html."),
-    "fit": ("edgead.server_side.cli:fit", "Photographs of good parts -> a fitted detector."),
+    "fit": ("edgead.server_side.fit_cli:fit", "Photographs of good parts -> a fitted detector."),
     "export": ("edgead.export_command:export", "A fitted detector, or photographs -> a checked bundle."),
     "show": ("edgead.runtime.cli:show", "What is in a bundle, a knowledge pack or a detector."),
     "run": ("edgead.runtime.cli:run", "Inspect a picture, a folder, a video or a camera."),

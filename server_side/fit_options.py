@@ -1,0 +1,160 @@
+"""The options of `edgead fit`, which `edgead export --normal` shares."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from edgead.runtime.errors import InputError
+from edgead.runtime.image import list_images
+from edgead.runtime.spec import Preprocessing, Region, Tiling
+
+METHODS = ("memory-bank",)
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def fit_options(command: Command) -> Command:
+    """Add the options that say how to fit to a click command."""
+    options = [
+        click.option("--method", default="memory-bank", show_default=True, help="Detection method."),
+        click.option("--product", default="part", show_default=True, help="Name of the product."),
+        click.option(
+            "--backbone",
+            default="embedded",
+            show_default=True,
+            help="Feature network: embedded, or any timm model such as resnet18.",
+        ),
+        click.option("--backbone-weights", type=click.Path(path_type=Path), help="Local weights for it."),
+        click.option("--layers", help="Layers of the backbone, comma-separated; its own choice if left out."),
+        click.option("--size", default="256", show_default=True, help="Engine frame: SIDE or WIDTHxHEIGHT."),
+        click.option("--roi", help="Region of interest in pixels of the rotated frame: X,Y,WIDTH,HEIGHT."),
+        click.option("--tiles", help="Tiles over the region of interest: COLUMNSxROWS."),
+        click.option(
+            "--overlap", default=0.1, show_default=True, help="Share that neighbouring tiles overlap."
+        ),
+        click.option(
+            "--rotate", type=click.Choice(["0", "90", "180", "270"]), default="0", show_default=True
+        ),
+        click.option(
+            "--rows", type=click.IntRange(1), help="Rows of the memory bank; 1 % of all if left out."
+        ),
+        click.option(
+            "--neighbours",
+            type=click.IntRange(0),
+            default=0,
+            show_default=True,
+            help="Neighbour re-weighting of the paper (its b, 9); 0 for none.",
+        ),
+        click.option(
+            "--false-alarms",
+            type=click.FloatRange(0, 1, min_open=True, max_open=True),
+            default=0.01,
+            show_default=True,
+            help="Wanted share of normal frames called NG.",
+        ),
+        click.option(
+            "--anomalous",
+            type=click.Path(path_type=Path),
+            help="Pictures of known defects; masks beside them as NAME_mask.png.",
+        ),
+        click.option("--seed", default=0, show_default=True),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def parse_layers(text: str | None) -> tuple[str | int, ...] | None:
+    """'6,10' or 'layer2,layer3' -> a tuple; numbers become numbers."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    return tuple(int(part) if part.isdecimal() else part for part in parts)
+
+
+def parse_preprocessing(
+    size: str, roi: str | None, tiles: str | None, overlap: float, rotate: str
+) -> Preprocessing:
+    """The declared preprocessing from the words of the command line.
+
+    Raises:
+        InputError: a text that is not of the form the option's help gives, or a number outside its range.
+    """
+    sides = _numbers("--size", size, "x", (1, 2), "256 or 320x256", lowest=32)
+    width, height = sides[0], sides[-1]
+    if width % 32 or height % 32 or max(width, height) > 4096:
+        raise InputError(
+            wanted="an engine frame whose sides are multiples of 32 up to 4096",
+            got=f"--size {size}",
+            next_step="Try 256, 320 or 512; use --tiles for large pictures.",
+        )
+    region = None
+    if roi is not None:
+        x, y, roi_width, roi_height = _numbers("--roi", roi, ",", (4,), "100,50,640,480", lowest=0)
+        region = Region(x, y, roi_width, roi_height)
+        if not region.width or not region.height:
+            raise InputError(wanted="a region of interest with pixels", got=f"--roi {roi}")
+    tiling = None
+    if tiles is not None:
+        columns, rows = _numbers("--tiles", tiles, "x", (2,), "3x2", lowest=1)
+        if columns > 64 or rows > 64 or not 0 <= overlap <= 0.5:
+            raise InputError(
+                wanted="at most 64x64 tiles that overlap by 0 to 0.5", got=f"{tiles}, overlap {overlap}"
+            )
+        tiling = Tiling(columns, rows, overlap)
+    return Preprocessing(width, height, int(rotate), region, tiling)  # type: ignore[arg-type]
+
+
+def _numbers(
+    option: str, text: str, separator: str, counts: tuple[int, ...], example: str, lowest: int
+) -> tuple[int, ...]:
+    parts = text.split(separator)
+    if len(parts) not in counts or not all(part.strip().isdecimal() for part in parts):
+        raise InputError(
+            wanted=f"{option} such as {example}", got=f"'{text}'", next_step="Write it like that."
+        )
+    numbers = tuple(int(part) for part in parts)
+    if min(numbers) < lowest or max(numbers) > 65536:
+        raise InputError(wanted=f"{option} with numbers from {lowest} to 65536", got=f"'{text}'")
+    return numbers
+
+
+def check_method(method: str) -> None:
+    """Refuse a method that does not exist.
+
+    Raises:
+        InputError: unknown; near names are suggested.
+    """
+    if method not in METHODS:
+        near = difflib.get_close_matches(method, METHODS, n=2, cutoff=0.3)
+        raise InputError(
+            wanted=f"one of the methods {', '.join(METHODS)}",
+            got=f"'{method}'",
+            next_step=f"Did you mean {' or '.join(near)}?" if near else "Name one of these.",
+        )
+
+
+def anomalous_samples(folder: Path | None) -> list[tuple[Path, Path | None]]:
+    """Pictures of defects in a folder, each with its mask NAME_mask.png or None.
+
+    Raises:
+        InputError: no such folder, no pictures, or a mask without its picture.
+    """
+    if folder is None:
+        return []
+    images = list_images(folder)
+    masks = {path.stem.removesuffix("_mask"): path for path in images if path.stem.endswith("_mask")}
+    pictures = [path for path in images if not path.stem.endswith("_mask")]
+    alone = sorted(set(masks) - {path.stem for path in pictures})
+    if alone:
+        raise InputError(
+            wanted=f"the picture that {masks[alone[0]]} is the mask of",
+            got="no file of that name",
+            next_step="Put the picture beside its mask, or remove the mask.",
+        )
+    return [(path, masks.get(path.stem)) for path in pictures]

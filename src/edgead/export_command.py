@@ -1,0 +1,112 @@
+"""`edgead export`: composes fitting (server side) and compiling (exporter), which do not know each other."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgead.runtime.errors import InputError
+from edgead.runtime.files import refuse_existing
+from edgead.server_side.fit_options import fit_options
+
+
+@click.command()
+@click.argument("detector", required=False, type=click.Path(path_type=Path))
+@click.option("--normal", type=click.Path(path_type=Path), help="Fit on this folder of good parts first.")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    metavar="TARGET",
+    help="onnx, openvino or tensorrt, each also with :fp16; may be repeated. Default: onnx.",
+)
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The bundle: a folder, or one file that ends with .edgead.",
+)
+@click.option("--name", help="The bundle's name; that of the output if left out.")
+@click.option("--capacity", type=click.IntRange(1), help="Rows that TensorRT engines have room for.")
+@click.option(
+    "--compute-capability",
+    "capabilities",
+    multiple=True,
+    metavar="X.Y",
+    help="Build TensorRT plans ahead of time for this GPU generation; may be repeated.",
+)
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@click.option("--json", "as_json", is_flag=True, help="Print the bundle's engines and parity as JSON.")
+@fit_options
+def export(
+    detector: Path | None,
+    normal: Path | None,
+    targets: tuple[str, ...],
+    output: Path,
+    name: str | None,
+    capacity: int | None,
+    capabilities: tuple[str, ...],
+    force: bool,
+    as_json: bool,
+    **words: Any,
+) -> None:
+    """Compile a fitted DETECTOR, or photographs of good parts, into a bundle of checked engines.
+
+    The export fails if an engine disagrees with torch on golden images; nothing is written then.
+
+    \b
+    Example:
+      edgead export --normal photos/good --target onnx --target openvino:fp16 -o part.bundle
+      edgead export part.detector --target tensorrt:fp16 --compute-capability 8.7 -o part.edgead
+    """
+    if (detector is None) == (normal is None):
+        raise InputError(
+            wanted="either a fitted-detector file or --normal DIR",
+            got="both" if detector is not None else "neither",
+            next_step="Example: edgead export --normal photos/good -o part.bundle",
+        )
+    refuse_existing(output, force)
+    from edgead.exporter.export import export_bundle, parse_target
+
+    wanted = targets or ("onnx",)
+    for text in wanted:  # a misspelt target must not cost the time of a fit
+        parse_target(text)
+    with tempfile.TemporaryDirectory(prefix="edgead-fit-") as scratch:
+        if normal is not None:
+            from edgead.server_side.fit_cli import fit_from_options
+
+            source: Any = fit_from_options(normal, Path(scratch) / "fitted.detector", **words)
+        else:
+            source = detector
+        bundle = export_bundle(
+            source,
+            output,
+            wanted,
+            name=name,
+            capacity=capacity,
+            compute_capabilities=capabilities,
+            force=force,
+        )
+    if as_json:
+        engines = {
+            record.name: None
+            if record.parity is None
+            else {"score": record.parity.score, "map": record.parity.map, "images": record.parity.images}
+            for record in bundle.manifest.engines
+        }
+        click.echo(json.dumps({"output": str(output), "engines": engines}, sort_keys=True))
+        return
+    size = sum(record.size for record in bundle.manifest.files.values())
+    click.echo(f"wrote {output} ({size / 1e6:.1f} MB)")
+    for record in bundle.manifest.engines:
+        if record.parity is not None:
+            text = f"score off by {record.parity.score:.1e}, map by {record.parity.map:.1e} of its range from torch"
+        else:
+            text = "not executed here; compile it on the device" if record.recipe else "not executed here"
+        click.echo(f"  {record.name:<15} {text}")
+    click.echo(f"next: edgead run {output} PICTURES")
