@@ -1,4 +1,4 @@
-"""A traced graph (`torch.export`) -> ONNX: plain, typed, deterministic, and no more than TensorRT 10.3 parses."""
+"""A traced graph (`torch.export`) -> ONNX: plain operators, typed, the same bytes every time."""
 
 from __future__ import annotations
 
@@ -11,32 +11,23 @@ from pathlib import Path
 
 import onnx
 import torch
-from onnx import ModelProto
+from onnx import GraphProto, ModelProto
 from torch.export import ExportedProgram
 
+from edgead.exporter.contract import check_border
+from edgead.exporter.onnx_float16 import to_float16
 from edgead.runtime.errors import DetectorError
 from edgead.runtime.spec import Port, Precision
 
 OPSET = 18
-"""The lowest that torch's exporter writes without conversion; TensorRT 10.3 parses opsets 9 to 20."""
-IR_VERSION = 9
-"""What came with opset 18..20; onnxruntime 1.18 reads up to 10, so older runtimes read it too."""
+"""The lowest that torch's exporter writes without a second conversion. ONNX Runtime reads it since 1.14,
+TensorRT 10.3 parses opsets 9 to 20, so nothing older is won by going lower."""
+IR_VERSION = 8
+"""The file format that came with opset 18; nothing written here needs a newer one."""
 EXTERNAL_BYTES = 1_500_000_000
 """Weights above this lie beside the model: a protocol buffer ends at 2 GiB."""
-
-TENSORRT_OPERATORS = frozenset(
-    """Abs Acos Add And ArgMax ArgMin Asin Atan AveragePool BatchNormalization Cast Ceil Clip Concat Constant
-    ConstantOfShape Conv ConvTranspose Cos CumSum DepthToSpace Div Einsum Elu Equal Erf Exp Expand EyeLike
-    Flatten Floor GRU Gather GatherElements GatherND Gelu Gemm GlobalAveragePool GlobalMaxPool Greater
-    GreaterOrEqual GridSample GroupNormalization HardSigmoid HardSwish Identity If InstanceNormalization
-    LRN LSTM LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax Loop MatMul Max MaxPool Mean Min
-    Mish Mod Mul Neg Not OneHot Or PRelu Pad Pow QuantizeLinear DequantizeLinear Range Reciprocal ReduceL1
-    ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum
-    ReduceSumSquare Relu Reshape Resize Round ScatterElements ScatterND Selu Shape Sigmoid Sign Sin Size
-    Slice Softmax Softplus Softsign SpaceToDepth Split Sqrt Squeeze Sub Sum Tan Tanh TopK Transpose Trilu
-    Unsqueeze Where Xor""".split()
-)
-"""ONNX operators that the parser of TensorRT 10.3 supports (its operator list), without the exotic ones."""
+_SMALLEST_EXTERNAL = 1024
+"""Bytes; smaller tensors (shapes, axes) stay in the model, where parsers want them."""
 
 
 def onnx_from_torch(
@@ -44,22 +35,25 @@ def onnx_from_torch(
     inputs: tuple[Port, ...],
     outputs: tuple[Port, ...],
     *,
+    part: str = "graph",
     precision: Precision = "fp32",
 ) -> ModelProto:
     """Convert one graph.
 
-    The same program gives the same bytes: names of values come from the graph, and whatever torch notes about
-    source lines is dropped, because it holds paths of the machine that exported.
+    The same program gives the same bytes: whatever torch notes about source lines is dropped, because it
+    holds paths of the machine that exported.
 
     Args:
         program: positional tensors in, a tuple of tensors out.
         inputs: its inputs in order; their names become those of the ONNX graph.
         outputs: its outputs in order.
+        part: 'trunk' or 'head', for messages.
         precision: 'fp16' types weights and arithmetic as float16 and keeps inputs and outputs as they are.
 
     Raises:
-        DetectorError: an operator has no ONNX form, or one that TensorRT 10.3 does not parse.
+        DetectorError: the graph's border differs from the ports, or an operation has no ONNX form.
     """
+    check_border(program, inputs, outputs, part)
     with _quiet():
         try:
             converted = torch.onnx.export(
@@ -72,18 +66,18 @@ def onnx_from_torch(
                 external_data=False,
                 optimize=True,
             )
+            if converted is None:
+                raise RuntimeError("torch gave no model")
+            model = converted.model_proto
         except Exception as error:  # the exporter has no error tree of its own
             raise DetectorError(
-                wanted="a graph of operators that ONNX has",
-                got=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
+                wanted=f"a {part} whose operations ONNX has",
+                got=_root(error),
                 next_step="Replace that operation in the module; --debug shows where it is.",
             ) from error
-    if converted is None:
-        raise DetectorError(wanted="an ONNX model from torch", got="none", next_step="Run with --debug.")
-    model = converted.model_proto
-    _check_operators(model)
-    if precision == "fp16":
-        model = _half(model)
+        _check_domains(model, part)
+        if precision == "fp16":
+            model = to_float16(model)
     _clean(model, inputs, outputs)
     return model
 
@@ -91,39 +85,41 @@ def onnx_from_torch(
 def save_onnx(
     model: ModelProto, folder: Path, name: str, *, external_bytes: int = EXTERNAL_BYTES
 ) -> list[str]:
-    """Write a model into `folder` and check it; returns the names of the files written.
+    """Check a model and write it into `folder`.
 
-    Weights of more than `external_bytes` in all go to `<name>.data`, so no model is too large.
+    Args:
+        model: what to write; its weights are moved out of it if they go beside it.
+        folder: an existing folder.
+        name: the file's name, such as 'trunk.onnx'.
+        external_bytes: weights of more than this in all go to `<name>.data`.
+
+    Returns:
+        the names of the files written.
     """
     path = folder / name
     if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > external_bytes:
         onnx.save_model(
-            model, str(path), save_as_external_data=True, location=f"{name}.data", size_threshold=1024
+            model,
+            str(path),
+            save_as_external_data=True,
+            location=f"{name}.data",
+            size_threshold=_SMALLEST_EXTERNAL,
         )
         onnx.checker.check_model(str(path))
         return [name, f"{name}.data"]
-    onnx.checker.check_model(model)
+    onnx.checker.check_model(model, full_check=True)
     path.write_bytes(model.SerializeToString(deterministic=True))
     return [name]
 
 
-def _check_operators(model: ModelProto) -> None:
+def _check_domains(model: ModelProto, part: str) -> None:
     for node in model.graph.node:
-        if node.domain not in ("", "ai.onnx") or node.op_type not in TENSORRT_OPERATORS:
+        if node.domain not in ("", "ai.onnx"):
             raise DetectorError(
-                wanted="operators that TensorRT 10.3 parses",
-                got=f"{node.domain + '::' if node.domain else ''}{node.op_type} (node '{node.name}')",
+                wanted=f"a {part} of standard ONNX operators",
+                got=f"{node.domain}::{node.op_type} (node '{node.name}')",
                 next_step="Write that step of the module with other operations.",
             )
-
-
-def _half(model: ModelProto) -> ModelProto:
-    """The model with float16 weights and arithmetic; borders keep their types."""
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    with _quiet():
-        half: ModelProto = convert_float_to_float16(model, keep_io_types=True, disable_shape_infer=False)
-    return half
 
 
 def _clean(model: ModelProto, inputs: tuple[Port, ...], outputs: tuple[Port, ...]) -> None:
@@ -131,16 +127,9 @@ def _clean(model: ModelProto, inputs: tuple[Port, ...], outputs: tuple[Port, ...
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version, model.doc_string = "edgead", "", ""
     del model.metadata_props[:]
-    graph = model.graph
-    graph.name, graph.doc_string = "edgead", ""
-    for values in (graph.input, graph.output, graph.initializer, graph.node):
-        for value in values:
-            value.doc_string = ""
-            del value.metadata_props[:]
-    del graph.metadata_props[:]
-    # Shapes in between are inferred by every engine; torch's symbols for them are not stable.
-    del graph.value_info[:]
-    for ports, values in ((inputs, graph.input), (outputs, graph.output)):
+    model.graph.name = "edgead"
+    _strip(model.graph)
+    for ports, values in ((inputs, model.graph.input), (outputs, model.graph.output)):
         for port, value in zip(ports, values, strict=True):
             dims = value.type.tensor_type.shape.dim
             for size, dim in zip(port.shape, dims, strict=True):
@@ -148,6 +137,30 @@ def _clean(model: ModelProto, inputs: tuple[Port, ...], outputs: tuple[Port, ...
                     dim.dim_param = size
                 else:
                     dim.dim_value = size
+
+
+def _strip(graph: GraphProto) -> None:
+    graph.doc_string = ""
+    del graph.metadata_props[:]
+    # Shapes in between are inferred by every engine; torch's symbols for them are not stable.
+    del graph.value_info[:]
+    for values in (graph.input, graph.output, graph.initializer, graph.node):
+        for value in values:
+            value.doc_string = ""
+            del value.metadata_props[:]
+    for node in graph.node:
+        for attribute in node.attribute:
+            attribute.doc_string = ""
+            if attribute.HasField("g"):
+                _strip(attribute.g)
+
+
+def _root(error: BaseException) -> str:
+    """The first line of what went wrong at the bottom of a chain of exceptions."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 @contextlib.contextmanager

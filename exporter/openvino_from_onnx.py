@@ -9,9 +9,12 @@ from edgead.runtime.spec import Precision
 
 
 def openvino_from_onnx(source: Path, folder: Path, name: str, *, precision: Precision) -> list[str]:
-    """Convert `source` into `<name>.xml` and `<name>.bin` in `folder`; returns their names.
+    """Convert `source` into `<name>.xml` and `<name>.bin` in `folder`. Reads and writes files only.
 
-    With 'fp16' the weights are stored in 16 bits; the processor still adds up in float32.
+    With 'fp16' the weights are stored in 16 bits, half the size; a processor still adds up in float32.
+
+    Returns:
+        the names of the files written.
 
     Raises:
         MissingDependencyError: OpenVINO is not installed.
@@ -23,7 +26,7 @@ def openvino_from_onnx(source: Path, folder: Path, name: str, *, precision: Prec
         raise missing_dependency("openvino", "openvino", "the target 'openvino'") from error
     try:
         model = ov.Core().read_model(str(source))
-        # The path of the exporting machine and the time do not belong into a bundle.
+        model.set_friendly_name("edgead")
         ov.save_model(model, str(folder / f"{name}.xml"), compress_to_fp16=precision == "fp16")
     except RuntimeError as error:
         raise EngineError(

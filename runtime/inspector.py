@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from edgead.runtime.bundle import Bundle, open_bundle
 from edgead.runtime.engines import Session, open_engine
 from edgead.runtime.errors import EngineError, InputError
-from edgead.runtime.image import check_frame, merge_maps, prepare, tile_count, to_frame
-from edgead.runtime.inspection import Evidence, Inspection, Verdict
+from edgead.runtime.image import check_frame, merge_maps, prepare, tile_count
+from edgead.runtime.inspection import DefectRegion, Evidence, Inspection, Verdict, not_inspected
 from edgead.runtime.knowledge import Pack
 from edgead.runtime.regions import find_regions
 
@@ -235,21 +235,15 @@ class Inspector:
             score = float(scores.max())
             # Engines may lend their buffers until the next run: what is kept is copied before the turn ends.
             merged = self._merged(outputs, frame)
-            evidence = self._evidence(outputs, int(scores.argmax()), knowing.pack)
+            nearest = self._nearest_row(outputs, int(scores.argmax()))
         if not np.isfinite(scores).all() or (merged is not None and not np.isfinite(merged).all()):
             return self._unanswered(knowing, frame, start, timings, "the engine's answer is not a number")
         calibration = knowing.pack.calibration
         anomalous = score > calibration.threshold
         shape = (frame.shape[0], frame.shape[1])
-        regions = ()
+        regions: tuple[DefectRegion, ...] = ()
         if anomalous and merged is not None:
-            size = merged.shape
-            level = calibration.map_threshold
-            regions = find_regions(
-                merged,
-                calibration.threshold if level is None else level,
-                lambda box: to_frame(box, size, shape, spec),
-            )
+            regions = find_regions(merged, shape, spec, threshold=calibration.map_threshold)
         _lap(timings, "regions", headed)
         timings["total"] = (time.perf_counter() - start) * 1e3
         return Inspection(
@@ -260,9 +254,8 @@ class Inspector:
             score=score,
             normalised=calibration.normalise(score),
             anomaly_map=merged,
-            frame_shape=shape,
             regions=regions,
-            evidence=evidence,
+            evidence=self._evidence(nearest, knowing.pack, regions[0].point if regions else None),
             timings=timings,
         )
 
@@ -275,19 +268,19 @@ class Inspector:
         merged = merge_maps(maps, (frame.shape[0], frame.shape[1]), self.spec.preprocessing)
         return merged.copy() if np.shares_memory(merged, maps) else merged
 
-    def _evidence(self, outputs: Mapping[str, NDArray[Any]], tile: int, pack: Pack) -> tuple[Evidence, ...]:
+    def _nearest_row(self, outputs: Mapping[str, NDArray[Any]], tile: int) -> int | None:
+        """Index of the bank row that the most anomalous patch was compared with; None if the head is silent."""
         nearest, worst = outputs.get("nearest_row"), outputs.get("worst_patch")
-        if nearest is None or worst is None:
-            return ()
+        return None if nearest is None or worst is None else int(nearest[tile, int(worst[tile])])
+
+    def _evidence(
+        self, row: int | None, pack: Pack, point: tuple[int, int] | None
+    ) -> tuple[Evidence, ...]:
         bank = next((port.name for port in self.spec.knowledge if port.rows is not None), None)
-        if bank is None:
+        if row is None or bank is None:
             return ()
-        patch = int(worst[tile])
-        row = int(nearest[tile, patch])
         ids = pack.ids(bank)
-        if not 0 <= row < len(ids):
-            return ()
-        return (Evidence(bank, row, int(ids[row]), tile * nearest.shape[1] + patch),)
+        return (Evidence(bank, row, int(ids[row]), point),) if 0 <= row < len(ids) else ()
 
     def _unanswered(
         self,
@@ -297,14 +290,12 @@ class Inspector:
         timings: dict[str, float],
         reason: str,
     ) -> Inspection:
-        return Inspection(
-            verdict=Verdict.NOT_INSPECTED,
+        return not_inspected(
+            reason,
             product=knowing.pack.product,
             knowledge=knowing.version,
             threshold=knowing.pack.calibration.threshold,
-            frame_shape=(frame.shape[0], frame.shape[1]),
             timings={**timings, "total": (time.perf_counter() - start) * 1e3},
-            reason=reason,
         )
 
 

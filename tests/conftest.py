@@ -1,0 +1,44 @@
+"""Real detectors and bundles for all tests: painted parts, an untrained backbone, real engines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope="session")
+def painted_normals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 12 painted flanges, 96 x 96 pixels."""
+    from edgead.runtime.image import encode_png
+    from edgead.server_side.painting_parts import paint_part
+
+    folder = tmp_path_factory.mktemp("painted") / "good"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(12):
+        (folder / f"{index:03d}.png").write_bytes(encode_png(paint_part("flange", rng=rng, size=96).image))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_detector(painted_normals: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fitted-detector file of a 64 x 64 memory bank over the untrained backbone."""
+    from edgead.runtime.spec import Preprocessing
+    from edgead.server_side.fitting import FitOptions, fit_memory_bank
+
+    path = tmp_path_factory.mktemp("detector") / "small.detector"
+    options = FitOptions(backbone="random", preprocessing=Preprocessing(64, 64), rows=100)
+    fit_memory_bank(painted_normals, path, options)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_bundle(small_detector: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of that detector with the engines onnx and openvino, each fp32 and fp16."""
+    from edgead.exporter.export import export_bundle
+
+    path = tmp_path_factory.mktemp("bundle") / "small.bundle"
+    export_bundle(small_detector, path, ["onnx", "onnx:fp16", "openvino", "openvino:fp16"])
+    return path
