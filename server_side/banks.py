@@ -19,7 +19,7 @@ from torch import Tensor
 from edgead.runtime.errors import InputError
 from edgead.runtime.progress import Progress
 
-CHUNK_ROWS = 65_536
+CHUNK_ROWS = 16_384
 """Rows that are reduced at once; with the pool this bounds memory, whatever the number of images."""
 KEEP = 4
 """A chunk leaves this many times its share of the final bank, so the second stage still has a choice."""

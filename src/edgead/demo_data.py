@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from edgead.runtime.files import write_file
 from edgead.runtime.image import encode_jpeg, encode_png
 from edgead.runtime.progress import Progress
 from edgead.server_side.painting import paint_defect, paint_part
@@ -91,7 +90,7 @@ def _paint_good(
 ) -> None:
     for number in range(count):
         part = paint_part(product, rng=rng, size=options.pixels, new_pattern=new_pattern)
-        write_file(folder / f"{number:03d}.jpg", encode_jpeg(part.image, _JPEG_QUALITY))
+        _save(folder / f"{number:03d}.jpg", encode_jpeg(part.image, _JPEG_QUALITY))
         progress.advance()
 
 
@@ -119,6 +118,12 @@ def _paint_defects(
             within=part.surface & ~part.pattern,
         )
         name = f"{number:03d}"
-        write_file(folder / "test" / kind / f"{name}.jpg", encode_jpeg(image, _JPEG_QUALITY))
-        write_file(folder / "ground_truth" / kind / f"{name}_mask.png", encode_png(np.stack([mask] * 3, axis=2)))
+        _save(folder / "test" / kind / f"{name}.jpg", encode_jpeg(image, _JPEG_QUALITY))
+        _save(folder / "ground_truth" / kind / f"{name}_mask.png", encode_png(np.stack([mask] * 3, axis=2)))
         progress.advance()
+
+
+def _save(path: Path, data: bytes) -> None:
+    # Whole or not at all is the concern of the folder that all of this lies in.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
