@@ -27,6 +27,10 @@ def openvino_from_onnx(source: Path, folder: Path, name: str, *, precision: Prec
     try:
         model = ov.Core().read_model(str(source))
         model.set_friendly_name("edgead")
+        # OpenVINO counts unnamed nodes over the whole process; the same graph must give the same bytes.
+        for number, node in enumerate(model.get_ordered_ops()):
+            if node.get_type_name() not in ("Parameter", "Result"):
+                node.set_friendly_name(f"{node.get_type_name()}_{number}")
         ov.save_model(model, str(folder / f"{name}.xml"), compress_to_fp16=precision == "fp16")
     except RuntimeError as error:
         raise EngineError(

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edgead.runtime.bundle import Bundle, open_bundle, write_bundle
     from edgead.runtime.engines import Engine, Session, open_engine
-    from edgead.runtime.image import overlay, prepare, read_image
+    from edgead.runtime.image import read_image
     from edgead.runtime.inspection import DefectRegion, Inspection, Verdict
     from edgead.runtime.inspector import Inspector
+    from edgead.runtime.overlay import overlay
+    from edgead.runtime.preprocess import prepare
     from edgead.runtime.knowledge import Pack, decode_pack, encode_pack, new_pack, read_pack, write_pack
 
 _HOME = {
@@ -28,8 +30,8 @@ _HOME = {
     "Engine": "engines",
     "Session": "engines",
     "open_engine": "engines",
-    "overlay": "image",
-    "prepare": "image",
+    "overlay": "overlay",
+    "prepare": "preprocess",
     "read_image": "image",
     "DefectRegion": "inspection",
     "Inspection": "inspection",

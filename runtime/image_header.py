@@ -43,7 +43,11 @@ _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _BARE_MARKERS = frozenset({0x01, *range(0xD0, 0xD8)})
 _TIFF_TYPES = {1: "B", 3: "H", 4: "I"}
 _TIFF_COMPRESSIONS = frozenset({1, 5, 7, 8, 32773, 32946})
-_MAX_ENTRIES = 4096
+_TIFF_TAGS = frozenset({256, 257, 258, 259, 262, 273, 274, 277, 279, 284, 324, 325, 338, 339})
+_MAX_PARTS = 2**18
+"""Chunks, segments, strips or tiles of one file; bounds the time that a hostile one can take."""
+_MAX_SCANS = 100
+"""Of a progressive JPEG; each costs the decoder a pass over the whole picture, and encoders make about ten."""
 
 
 class Unfit(Exception):
@@ -76,18 +80,18 @@ def inspect_header(data: bytes, limits: Limits) -> Header:
     if not data:
         raise Unfit("an empty file")
     try:
-        header = _read(data, limits)
+        header = _read(data)
     except (struct.error, IndexError) as error:
         raise Unfit("a truncated file") from error
     _check_size(header.width, header.height, limits)
     return header
 
 
-def _read(data: bytes, limits: Limits) -> Header:
+def _read(data: bytes) -> Header:
     if data.startswith(_PNG):
-        return _png(data, limits)
+        return _png(data)
     if data.startswith(b"\xff\xd8\xff"):
-        return _jpeg(data, limits)
+        return _jpeg(data)
     if data.startswith(b"BM"):
         return _bmp(data)
     if data[:4] in (b"II*\0", b"MM\0*"):
@@ -116,14 +120,12 @@ def _check_size(width: int, height: int, limits: Limits) -> None:
         )
 
 
-def _png(data: bytes, limits: Limits) -> Header:
+def _png(data: bytes) -> Header:
     if data[12:16] != b"IHDR":
         raise Unfit("a damaged PNG")
     width, height = struct.unpack_from(">II", data, 16)
-    # Before the checksums: a limit that is checked late is none.
-    _check_size(width, height, limits)
     orientation, position, coded = 1, 8, False
-    while True:
+    for _ in range(_MAX_PARTS):
         (length,) = struct.unpack_from(">I", data, position)
         kind = data[position + 4 : position + 8]
         end = position + 12 + length
@@ -136,18 +138,16 @@ def _png(data: bytes, limits: Limits) -> Header:
         if kind == b"eXIf":
             orientation = _exif_orientation(data[position + 8 : end - 4])
         coded = coded or kind == b"IDAT"
-        if kind == b"IEND":
-            break
+        if kind == b"IEND" and coded:
+            return Header("PNG", width, height, orientation)
         position = end
-    if not coded:
-        raise Unfit("a PNG without a picture")
-    return Header("PNG", width, height, orientation)
+    raise Unfit("a PNG without a picture")
 
 
-def _jpeg(data: bytes, limits: Limits) -> Header:
+def _jpeg(data: bytes) -> Header:
     size: tuple[int, int] | None = None
     orientation, position, scans = 1, 2, 0
-    while True:
+    for _ in range(_MAX_PARTS):
         if data[position] != 0xFF:
             raise Unfit("a damaged JPEG")
         marker = data[position + 1]
@@ -167,7 +167,6 @@ def _jpeg(data: bytes, limits: Limits) -> Header:
             if size is not None:
                 raise Unfit("a JPEG of several frames")
             size = _jpeg_frame(data, position, marker)
-            _check_size(*size, limits)
         elif marker == 0xE1 and data[position + 4 : position + 10] == b"Exif\0\0":
             orientation = _exif_orientation(data[position + 10 : end])
         position = end
@@ -177,7 +176,7 @@ def _jpeg(data: bytes, limits: Limits) -> Header:
             if found is None:
                 raise Unfit("a truncated file")
             position = found.start()
-    if size is None or not scans:
+    if size is None or not 0 < scans <= _MAX_SCANS:
         raise Unfit("a JPEG without a picture")
     return Header("JPEG", *size, orientation)
 
@@ -273,7 +272,9 @@ def _webp(data: bytes) -> Header:
 
 def _riff_chunks(data: bytes, end: int) -> Iterator[tuple[bytes, int, int]]:
     position = 12
-    while position + 8 <= end:
+    for _ in range(_MAX_PARTS):
+        if position + 8 > end:
+            return
         length = int.from_bytes(data[position + 4 : position + 8], "little")
         if position + 8 + length > end:
             raise Unfit("a truncated file")
@@ -297,15 +298,15 @@ def _directory(data: bytes, order: str) -> tuple[dict[int, list[int]], int]:
     """Whole-number tags of the first TIFF directory, and where the next one starts (0: nowhere)."""
     (offset,) = struct.unpack_from(order + "I", data, 4)
     (count,) = struct.unpack_from(order + "H", data, offset)
-    if count > _MAX_ENTRIES:
-        raise Unfit("a damaged TIFF")
     tags: dict[int, list[int]] = {}
     for entry in range(count):
         start = offset + 2 + 12 * entry
         tag, kind, values = struct.unpack_from(order + "HHI", data, start)
         code = _TIFF_TYPES.get(kind)
-        if code is None:
+        if code is None or tag not in _TIFF_TAGS:
             continue
+        if tag in tags or values > _MAX_PARTS:
+            raise Unfit("a damaged TIFF")
         size = values * struct.calcsize(code)
         where = start + 8 if size <= 4 else struct.unpack_from(order + "I", data, start + 8)[0]
         if where + size > len(data):

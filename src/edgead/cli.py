@@ -20,7 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "show": ("edgead.runtime.cli:show", "What is in a bundle, a knowledge pack or a detector."),
     "run": ("edgead.runtime.cli:run", "Inspect a picture, a folder, a video or a camera."),
     "bench": ("edgead.runtime.cli:bench", "Time the engines of a bundle on this machine."),
-    "evaluate": ("edgead.server_side.cli:evaluate", "Measure a bundle on a labelled data set."),
+    "evaluate": ("edgead.server_side.evaluate_cli:evaluate", "Measure a bundle on a labelled data set."),
     "compile": ("edgead.runtime.compile_cli:compile_command", "Build TensorRT plans on the device."),
     "backbone": ("edgead.server_side.backbones.cli:backbone", "Show or distil the embedded backbone."),
 }

@@ -1,0 +1,54 @@
+"""`edgead evaluate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Data set in the MVTec layout.")
+@click.option("--target", help="Which engine: onnx, openvino:fp16, ...; the best here if left out.")
+@click.option("--threads", type=click.IntRange(1), help="Processor threads per inference.")
+@click.option("--limit", type=click.IntRange(1), help="At most so many images of each type.")
+@click.option("--html", type=click.Path(path_type=Path), help="Also write a report as one HTML page.")
+@click.option("--force", is_flag=True, help="Replace an existing report.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def evaluate(
+    bundle: Path,
+    data: Path,
+    target: str | None,
+    threads: int | None,
+    limit: int | None,
+    html: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Measure BUNDLE on a labelled data set: test/<type>/, ground_truth/<type>/<name>_mask.png.
+
+    \b
+    Example:
+      edgead evaluate part.bundle --data photos --html report.html
+      edgead evaluate part.bundle --data photos --target openvino:fp16 --json
+    """
+    from edgead.runtime.files import refuse_existing, write_file
+    from edgead.runtime.inspector import Inspector
+    from edgead.server_side.evaluation import evaluate_bundle
+    from edgead.server_side.evaluation_report import html_report, text_table
+
+    if html is not None:
+        refuse_existing(html, force)
+    with Inspector(bundle, target=target, threads=threads) as inspector:
+        result = evaluate_bundle(inspector, data, limit=limit)
+        if html is not None:
+            title = f"{inspector.bundle.manifest.name} on {data.resolve().name}"
+            write_file(html, html_report(result, inspector, title).encode())
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), sort_keys=True))
+        return
+    click.echo(text_table(result))
+    if html is not None:
+        click.echo(f"wrote {html}")
