@@ -1,4 +1,4 @@
-"""The inspector: a bundle and knowledge in, a verdict for each frame out; knowledge changes between frames."""
+"""The inspector: a bundle and knowledge in, a verdict per frame out; knowledge changes between frames."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from edgead.runtime.image import check_frame, merge_maps, prepare, tile_count
 from edgead.runtime.inspection import DefectRegion, Evidence, Inspection, Verdict, not_inspected
 from edgead.runtime.knowledge import Pack
 from edgead.runtime.regions import find_regions
+from edgead.runtime.spec import Port
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
@@ -114,7 +115,7 @@ class Inspector:
         with self._swapping:
             head = self._engine.head(pack, self._tiles)
             # A first run allocates and chooses kernels; better here than on a frame.
-            head.infer({port.name: np.zeros(port.shape, port.dtype) for port in head.inputs})
+            head.infer({port.name: _zeros(port) for port in head.inputs})
             old = self._active.get(pack.product)
             new = _Knowing(pack, head, pack.version)
             # One assignment of a new table: a frame sees the one or the other. Frames that still hold the
@@ -269,7 +270,7 @@ class Inspector:
         return merged.copy() if np.shares_memory(merged, maps) else merged
 
     def _nearest_row(self, outputs: Mapping[str, NDArray[Any]], tile: int) -> int | None:
-        """Index of the bank row that the most anomalous patch was compared with; None if the head is silent."""
+        """Index of the bank row nearest to the most anomalous patch; None if the head is silent."""
         nearest, worst = outputs.get("nearest_row"), outputs.get("worst_patch")
         return None if nearest is None or worst is None else int(nearest[tile, int(worst[tile])])
 
@@ -297,6 +298,10 @@ class Inspector:
             threshold=knowing.pack.calibration.threshold,
             timings={**timings, "total": (time.perf_counter() - start) * 1e3},
         )
+
+
+def _zeros(port: Port) -> NDArray[Any]:
+    return np.zeros([int(size) for size in port.shape], port.dtype)
 
 
 def _lap(timings: dict[str, float], stage: str, since: float) -> float:

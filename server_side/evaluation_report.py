@@ -92,9 +92,9 @@ def _gallery(title: str, outcomes: Sequence[Outcome], inspector: Inspector, none
         frame = read_image(outcome.sample.path)
         inspection = inspector.inspect(frame)
         name = f"{outcome.sample.kind}/{outcome.sample.path.name}, score {outcome.score:.4g}"
-        pictures.append(figure(frame, name))
-        pictures.append(figure(overlay(frame, inspection, inspector.spec.preprocessing), "what was seen"))
-    return [*parts, f'<div class="grid">{"".join(pictures)}</div>']
+        seen = figure(overlay(frame, inspection, inspector.spec.preprocessing), "what was seen")
+        pictures.append(f'<div class="pair">{figure(frame, name)}{seen}</div>')
+    return [*parts, f'<div class="pairs">{"".join(pictures)}</div>']
 
 
 def _row(kind: KindResult) -> list[str]:

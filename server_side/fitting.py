@@ -185,8 +185,8 @@ class _Work:
         bank, sources = builder.build()
         # Rows in the order of their images: neighbours in the file are neighbours in the world, which
         # compresses better and makes the pack independent of the order of selection.
-        place = np.argsort(sources, kind="stable")
-        return bank[place], sources[place]
+        order = np.argsort(sources, kind="stable")
+        return bank[order], sources[order]
 
     def anomalous_rows(self, samples: Sequence[tuple[Path, Path | None]]) -> NDArray[np.float32]:
         """Patches under the masks of anomalous pictures, float32 [M, D]."""

@@ -39,6 +39,8 @@ tr:last-child td{border-bottom:0}
 figure{margin:0}
 figure img{width:100%;display:block;border-radius:8px;background:#e9eef2}
 figcaption{font-size:.85rem;color:#667785;padding:6px 2px 0;overflow-wrap:anywhere}
+.pair{display:grid;grid-template-columns:1fr 1fr;gap:8px}
+.pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(400px,100%),1fr));gap:18px}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:14px}
 .ok{color:#1a7f5a;font-weight:600}.ng{color:#c4342d;font-weight:600}
 code,pre{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:.9rem}

@@ -4,8 +4,9 @@
     python patchcore_reference.py record SEED FILE.npz
 
 `compare` takes `images` and `normals` uint8 [G, H, W, 3], `rows` and `seed`; writes random ResNet-18 weights for
-our side, takes its bank from the normal images, and answers for one and for nine neighbours. `record` writes
-what the tests compare with: feature maps, bank, the peer's answers, and its metrics on random scores.
+our side, takes its bank from the normal images, and answers for one and for nine neighbours, in float32 as it
+always does and (`exact_...`) the same code on the same rows in float64. `record` writes what the tests compare
+with: feature maps, bank, the peer's answers, and its metrics on random scores.
 """
 
 from __future__ import annotations
@@ -36,7 +37,16 @@ def compare(request: Path, result: Path, weights: Path) -> None:
     bank = rows[np.sort(chosen)]
     model.model.memory_bank = torch.from_numpy(bank)
     embedding = embed(model, asked["images"])
-    np.savez(result, bank=bank, embedding=embedding.numpy(), **_answers(model, embedding))
+    answers = _answers(model, embedding)
+    model.model.memory_bank = torch.from_numpy(bank).double()
+    exact = _answers(model, embedding.double())
+    np.savez(
+        result,
+        bank=bank,
+        embedding=embedding.numpy(),
+        **answers,
+        **{f"exact_{name}": value for name, value in exact.items()},
+    )
 
 
 def record(seed: int, file: Path) -> None:

@@ -149,7 +149,7 @@ class MemoryBankHead(nn.Module):
         score = patch_score.amax(dim=1)
         if self.neighbours:
             score = score * self._reweighting(patches, normal, normal_rows, patch_score, distance, nearest)
-        grid = patch_score.unflatten(1, self.grid)
+        grid = patch_score.reshape(-1, *self.grid)
         anomaly_map = self.up_rows @ grid @ self.up_columns
         worst = patch_score.argmax(dim=1).to(torch.int32)
         return score, anomaly_map, nearest.to(torch.int32), worst

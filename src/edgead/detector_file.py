@@ -250,10 +250,11 @@ def _export(
         result = _attempt(lambda: module(*arguments), f"a {part} that accepts {_shapes(inputs)}")
     got = (result,) if isinstance(result, torch.Tensor) else tuple(result)
     _check_outputs(got, outputs, examples, part)
-    return _attempt(
+    program: ExportedProgram = _attempt(
         lambda: torch.export.export(_AsTuple(module), arguments, dynamic_shapes=(dynamic,), strict=False),
         f"a {part} that torch.export can trace with a free batch and free row counts",
     )
+    return program
 
 
 class _AsTuple(nn.Module):
