@@ -332,7 +332,7 @@ def write_bundle(
 
 
 def _manifest_bytes(manifest: Manifest) -> bytes:
-    """Canonical JSON that is known to read back: a number or name that would not is refused before writing."""
+    """Canonical JSON that is known to read back; what would not is refused before anything is written."""
     try:
         data = canonical_json(manifest)
     except (ValueError, TypeError) as error:

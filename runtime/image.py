@@ -1,12 +1,13 @@
-"""Image files: decode, list, encode. One place to import all that touches frames from.
+"""Image files: decode, list, encode.
 
-The way from a frame to the engine and back is `edgead.runtime.preprocess`, the drawing of results
-`edgead.runtime.overlay`; their names are found here too.
+The way from a frame to the engine and back is `edgead.runtime.preprocess`, whose names are found here too;
+results are drawn by `edgead.runtime.overlay`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -14,7 +15,6 @@ from numpy.typing import NDArray
 
 from edgead.runtime.errors import ImageError, InputError, storage_errors
 from edgead.runtime.image_header import Unfit, inspect_header
-from edgead.runtime.overlay import overlay
 from edgead.runtime.preprocess import (
     Frame,
     check_frame,
@@ -135,16 +135,15 @@ def _is_listed(path: Path, folder: Path) -> bool:
     return not hidden and is_image_path(path) and path.is_file()
 
 
-def _rgb8(picture: NDArray[np.generic]) -> Frame:
+def _rgb8(picture: NDArray[Any]) -> Frame:
     """BGR of 8 or 16 bits -> RGB of 8, band by band; 8-bit pictures are changed in place."""
-    out = picture if picture.dtype == np.uint8 else np.empty(picture.shape, np.uint8)
+    out: Frame = picture if picture.dtype == np.uint8 else np.empty(picture.shape, np.uint8)
     rows = max(1, _BAND // picture.shape[1])
     for top in range(0, picture.shape[0], rows):
-        band = np.asarray(picture[top : top + rows])
-        if band.dtype == np.uint16:
-            band = (band >> 8).astype(np.uint8)
-        cv2.cvtColor(band, cv2.COLOR_BGR2RGB, dst=out[top : top + rows])
-    return np.asarray(out, dtype=np.uint8)
+        band = picture[top : top + rows]
+        eight: Frame = band if band.dtype == np.uint8 else (band >> 8).astype(np.uint8)
+        cv2.cvtColor(eight, cv2.COLOR_BGR2RGB, dst=out[top : top + rows])
+    return out
 
 
 def _upright(frame: Frame, orientation: int) -> Frame:
@@ -196,7 +195,6 @@ __all__ = [
     "list_images",
     "map_to_frame",
     "merge_maps",
-    "overlay",
     "prepare",
     "read_image",
     "stack",

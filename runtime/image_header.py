@@ -47,7 +47,7 @@ _TIFF_TAGS = frozenset({256, 257, 258, 259, 262, 273, 274, 277, 279, 284, 324, 3
 _MAX_PARTS = 2**18
 """Chunks, segments, strips or tiles of one file; bounds the time that a hostile one can take."""
 _MAX_SCANS = 100
-"""Of a progressive JPEG; each costs the decoder a pass over the whole picture, and encoders make about ten."""
+"""Of a progressive JPEG: each costs the decoder a pass over the whole picture; encoders make about ten."""
 
 
 class Unfit(Exception):

@@ -39,6 +39,7 @@ HOLD_OUT_FROM = 25
 GOLDEN = 4
 """Golden frames of normal parts; as many again get a painted defect, so both verdicts are tested."""
 FEWEST_ROWS, MOST_ROWS = 2_000, 10_000
+DEFAULT_PREPROCESSING = Preprocessing(256, 256)
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class FitOptions:
     backbone: str = "embedded"
     backbone_weights: Path | None = None
     layers: tuple[str | int, ...] | None = None
-    preprocessing: Preprocessing = Preprocessing(256, 256)
+    preprocessing: Preprocessing = DEFAULT_PREPROCESSING
     rows: int | None = None
     neighbours: int = 0
     false_alarm_rate: float = 0.01

@@ -24,6 +24,7 @@ from anomalib.metrics.aupro import _AUPRO
 from anomalib.metrics.auroc import _AUROC
 from anomalib.metrics.f1_score import _F1Max
 from peer_model import answer, embed, patchcore, versions, write_resnet18
+from torchmetrics.classification import BinaryAveragePrecision
 
 NEIGHBOURS = (1, 9)
 
@@ -92,6 +93,7 @@ def _metrics(rng: np.random.Generator) -> dict[str, Any]:
     masks = np.zeros((6, 24, 32), np.bool_)
     masks[0, 3:9, 4:12] = masks[0, 15:20, 20:22] = masks[1, 2:4, 2:30] = True
     masks[2, 10, 10] = masks[3, 0:6, 26:32] = True  # one single pixel, one at the border
+    masks[4, 5:8, 5:8] = masks[4, 8:13, 8:13] = True  # two that touch at a corner
     maps = (rng.random(masks.shape) * 0.7 + 0.25 * masks).astype(np.float32)
     maps = np.round(maps, 2)
     image_scores, image_labels = torch.from_numpy(scores), torch.from_numpy(labels).int()
@@ -102,6 +104,7 @@ def _metrics(rng: np.random.Generator) -> dict[str, Any]:
         "metric_maps": maps,
         "metric_masks": masks,
         "auroc": _of(_AUROC(), image_scores, image_labels),
+        "average_precision": _of(BinaryAveragePrecision(), image_scores, image_labels),
         "aupr": _of(_AUPR(), image_scores, image_labels),
         "f1_max": _of(_F1Max(), image_scores, image_labels),
         "pixel_auroc": _of(_AUROC(), pixel_scores.flatten(), pixel_labels.flatten()),

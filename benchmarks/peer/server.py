@@ -37,7 +37,6 @@ class Server:
 
     def export(self, weights: str, bank: str, folder: str, size: int) -> dict[str, Any]:
         """The peer's own export to OpenVINO (timed) and to ONNX, with the bank [N, D] of a `.npy` file inside."""
-        from anomalib.deploy import ExportType
         from peer_model import patchcore
 
         model = patchcore(Path(weights), np.load(bank))
@@ -48,13 +47,7 @@ class Server:
         seconds = time.perf_counter() - start
         onnx = model.to_onnx(Path(folder), input_size=(size, size), dynamic_shapes=None)
         written = sum(file.stat().st_size for file in (xml, xml.with_suffix(".bin")))
-        return {
-            "seconds": seconds,
-            "bytes": written,
-            "xml": str(xml),
-            "onnx": str(onnx),
-            "export_type": str(ExportType.OPENVINO),
-        }
+        return {"seconds": seconds, "bytes": written, "xml": str(xml), "onnx": str(onnx)}
 
     def load(self, name: str, kind: str, path: str, threads: int) -> dict[str, Any]:
         """Open an exported model: kind `inferencer`, `openvino`, `openvino-f32` or `onnxruntime`."""
@@ -67,7 +60,8 @@ class Server:
 
     def time(self, name: str, images: str, repeats: int, warm: int) -> dict[str, Any]:
         """Time calls on the frames uint8 RGB [G, H, W, 3] of a `.npy` file, one after the other."""
-        runner, frames = self._runners[name], _frames(images)
+        runner = self._runners[name]
+        frames = [runner.ready(frame) for frame in np.load(images)]
         milliseconds, scores = [], []
         for place in range(warm + repeats):
             frame = frames[max(place - warm, 0) % len(frames)]
@@ -102,6 +96,9 @@ class Inferencer:
         self._inferencer = OpenVINOInferencer(path, device="CPU", config=config)
         self.precision = str(self._inferencer.model.get_property("INFERENCE_PRECISION_HINT"))
 
+    def ready(self, frame: Any) -> Any:
+        return frame
+
     def __call__(self, frame: Any) -> float:
         return float(np.asarray(self._inferencer.predict(frame).pred_score).reshape(-1)[0])
 
@@ -133,8 +130,12 @@ class BareOpenVino:
         self._request = compiled.create_infer_request()
         self._score = compiled.output("pred_score")
 
+    def ready(self, frame: Any) -> Any:
+        return _planar(frame)
+
     def __call__(self, frame: Any) -> float:
-        return float(self._request.infer([frame], share_inputs=True, share_outputs=True)[self._score].reshape(-1)[0])
+        results = self._request.infer([frame], share_inputs=True, share_outputs=True)
+        return float(results[self._score].reshape(-1)[0])
 
 
 class BareOnnxRuntime:
@@ -149,6 +150,9 @@ class BareOnnxRuntime:
         self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self._input = self._session.get_inputs()[0].name
 
+    def ready(self, frame: Any) -> Any:
+        return _planar(frame)
+
     def __call__(self, frame: Any) -> float:
         score = self._session.run(["pred_score"], {self._input: frame})[0]
         return float(score.reshape(-1)[0])
@@ -162,9 +166,9 @@ _RUNNERS = {
 }
 
 
-def _frames(path: str) -> Any:
-    """Frames as they are for the inferencer (`.npy` of uint8), float [G, 1, 3, H, W] for the bare engines."""
-    return np.load(path)
+def _planar(frame: Any) -> Any:
+    """float32 [1, 3, H, W] in 0..1, which the exported graph takes."""
+    return np.ascontiguousarray(frame.transpose(2, 0, 1)[None], dtype=np.float32) / np.float32(255.0)
 
 
 def main() -> None:

@@ -18,11 +18,14 @@ bytes as one that was not.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import math
+import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -82,7 +85,8 @@ class Distillation:
         self.config = config
         self.device = device
         self.checkpoint = checkpoint
-        self.paths = [p for p in find_images(images) if not p.name.startswith(tuple(leave_out))]
+        self.leave_out = tuple(leave_out)
+        self.paths = [p for p in find_images(images) if not p.name.startswith(self.leave_out)]
         if not self.paths:
             raise InputError(
                 wanted="images to distil on",
@@ -122,25 +126,34 @@ class Distillation:
     def run(self, until: int | None = None) -> None:
         """Train to the end, or to step `until`.
 
-        The checkpoint is written on the way, at the end and on Ctrl-C.
+        The checkpoint is written on the way, at the end, and on Ctrl-C between two steps.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C; the run can be continued from the checkpoint.
+            StorageError: the checkpoint cannot be written.
         """
-        end = min(self.config.steps, self.config.steps if until is None else until)
+        end = self.end if until is None else min(self.end, until)
         started, before = time.monotonic(), self.seconds
         recent: list[list[float]] = []
-        try:
-            with Progress("distillation", end - self.step) as progress:
-                while self.step < end:
-                    recent.append(self._train_step(self.step))
-                    self.step += 1
-                    self.seconds = before + time.monotonic() - started
-                    if self.step % self.config.checkpoint_every == 0 or self.step == end:
-                        self.losses.append([float(self.step), *np.mean(recent, axis=0).round(5).tolist()])
-                        recent = []
-                        self._write_checkpoint()
-                    progress.advance(note=self._note(recent))
-        except KeyboardInterrupt:
-            self._write_checkpoint()
-            raise
+        with Progress("distillation", end - self.step) as progress, _interruption() as interrupted:
+            while self.step < end:
+                recent.append(self._train_step(self.step))
+                self.step += 1
+                self.seconds = before + time.monotonic() - started
+                if self.step % self.config.checkpoint_every == 0 or self.step == end:
+                    self.losses.append([float(self.step), *np.mean(recent, axis=0).round(5).tolist()])
+                    recent = []
+                    self._write_checkpoint()
+                progress.advance(note=self._note(recent))
+                if interrupted.is_set():
+                    self._write_checkpoint()
+                    raise KeyboardInterrupt
+
+    @property
+    def end(self) -> int:
+        """The last step of this run."""
+        steps, stop = self.config.steps, self.config.stop_at
+        return steps if stop is None else min(steps, stop)
 
     def _note(self, recent: list[list[float]]) -> str:
         losses = np.mean(recent[-50:], axis=0) if recent else self.losses[-1][1:]
@@ -151,7 +164,10 @@ class Distillation:
         if step < config.warmup:
             return config.learning_rate * (step + 1) / config.warmup
         done = (step - config.warmup) / max(1, config.steps - config.warmup)
-        return config.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+        rate = config.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+        if self.end < config.steps:
+            rate *= min(1.0, (self.end - step) / config.cooldown)
+        return rate
 
     def _open_chapter(self, number: int) -> None:
         """Draw the crops of a chapter and compute their targets; a function of (seed, number)."""
@@ -251,6 +267,20 @@ class Distillation:
         return cast(dict[str, Any], found)
 
 
+@contextlib.contextmanager
+def _interruption() -> Iterator[threading.Event]:
+    """Ctrl-C as an event, so that no step is left half done. Outside the main thread it is never set."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    previous = signal.signal(signal.SIGINT, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 def distil(
     teacher: nn.Module,
     images: Path,
@@ -261,12 +291,12 @@ def distil(
     device: str = "cpu",
     leave_out: Sequence[str] = (),
 ) -> Distillation:
-    """Run the recipe to its end and write the weights (float16 safetensors) to `out`.
+    """Run the recipe and write the averaged weights (float16 safetensors) to `out`.
 
     Arguments as for `Distillation`. Running it again with the same `checkpoint` continues where it stopped.
 
     Returns:
-        the finished run.
+        the run.
 
     Raises:
         InputError: no images.

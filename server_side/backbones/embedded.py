@@ -56,8 +56,7 @@ class EmbeddedBackbone(Backbone):
         self._kept = tuple(range(len(TAPS)))
         self.trunk = InvertedResiduals(TAPS, DOWN_KERNEL)
         self.projections = nn.ModuleList(
-            nn.Conv2d(inputs, width, 1)
-            for inputs, width in zip(self.expansion_channels, self.channels, strict=True)
+            nn.Conv2d(inputs, width, 1) for inputs, width in zip(self.expansion_channels, self.channels, strict=True)
         )
 
     def expansions(self, image: torch.Tensor) -> list[torch.Tensor]:
@@ -172,9 +171,7 @@ def multiply_adds(model: nn.Module, height: int = 256, width: int = 256) -> int:
         total += output.numel() * per_value
 
     handles = [
-        layer.register_forward_hook(count)
-        for layer in model.modules()
-        if isinstance(layer, (nn.Conv2d, nn.Linear))
+        layer.register_forward_hook(count) for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))
     ]
     try:
         with torch.inference_mode():

@@ -33,6 +33,11 @@ class DistilConfig:
     """What a distillation run depends on besides the teacher and the images."""
 
     steps: int = 4500
+    """Length of the schedule."""
+    stop_at: int | None = None
+    """Stop early, after this step of the schedule."""
+    cooldown: int = 500
+    """Steps before an early stop over which the learning rate falls linearly to nothing."""
     batch: int = 16
     """Crops per step."""
     crop: int = 256
@@ -108,13 +113,10 @@ def training_crop(picture: Picture, rng: np.random.Generator, size: int) -> Pict
         image = cv2.GaussianBlur(image, (0, 0), float(rng.uniform(0.4, 1.8)))
     if rng.random() < 0.3:
         image = image + rng.normal(0, rng.uniform(1, 8), image.shape)
-    crop = np.clip(np.round(image), 0, 255).astype(np.uint8)
-    return crop
+    return np.asarray(np.clip(np.round(image), 0, 255), dtype=np.uint8)
 
 
-def training_crops(
-    paths: Sequence[Path], seed: Sequence[int], count: int, size: int
-) -> Iterator[torch.Tensor]:
+def training_crops(paths: Sequence[Path], seed: Sequence[int], count: int, size: int) -> Iterator[torch.Tensor]:
     """`count` crops in batches [<= 16, 3, size, size] uint8, a function of `seed`; read ahead by a thread."""
 
     def read(start: int) -> torch.Tensor:
@@ -136,9 +138,7 @@ def view_of(maps: torch.Tensor, symmetry: int) -> torch.Tensor:
     return maps.flip(sides) if sides else maps
 
 
-def expected_maps(
-    teacher: nn.Module, image: torch.Tensor, *, low_precision: bool = False
-) -> list[torch.Tensor]:
+def expected_maps(teacher: nn.Module, image: torch.Tensor, *, low_precision: bool = False) -> list[torch.Tensor]:
     """The teacher's mean maps over a picture and its three mirror images, mirrored back.
 
     Args:
@@ -188,9 +188,7 @@ def fit_targets(
                 rows = torch.cat([_pooled_rows(theirs), _pooled_rows(mine)], 1).double()
                 if len(sums) == index:
                     sums.append(torch.zeros_like(rows[0]))
-                    products.append(
-                        torch.zeros(rows.shape[1], rows.shape[1], dtype=rows.dtype, device=device)
-                    )
+                    products.append(torch.zeros(rows.shape[1], rows.shape[1], dtype=rows.dtype, device=device))
                 sums[index] += rows.sum(0)
                 products[index] += rows.T @ rows
                 count[index] += len(rows)

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -77,9 +78,7 @@ def read_picture(path: Path) -> Picture:
     """
     raw = cv2.imdecode(np.fromfile(path, dtype=np.uint8), cv2.IMREAD_COLOR) if path.stat().st_size else None
     if raw is None:
-        raise InputError(
-            wanted=f"an image at {path}", got="a file that does not decode", next_step="Remove it."
-        )
+        raise InputError(wanted=f"an image at {path}", got="a file that does not decode", next_step="Remove it.")
     return np.ascontiguousarray(raw[:, :, ::-1]).astype(np.uint8, copy=False)
 
 
@@ -95,9 +94,7 @@ def product_from_folder(folder: Path, *, bank: int, probes: int, size: int = 256
     order = np.random.default_rng(seed).permutation(len(paths))
     probes = min(probes, len(paths) // 2)
     pictures = [_resized(read_picture(paths[i]), size) for i in order[: bank + probes]]
-    return Product(
-        folder.parent.parent.name or folder.name, tuple(pictures[probes:]), tuple(pictures[:probes])
-    )
+    return Product(folder.parent.parent.name or folder.name, tuple(pictures[probes:]), tuple(pictures[:probes]))
 
 
 def product_from_texture(path: Path, *, bank: int, probes: int, size: int = 256, seed: int = 0) -> Product:
@@ -168,9 +165,7 @@ def _add(picture: NDArray[np.float32], mask: NDArray[np.float32], amount: float)
     return picture + mask[..., None] * amount
 
 
-def paint_defect(
-    picture: Picture, rng: np.random.Generator, strength: float = 1.0
-) -> tuple[Picture, Picture]:
+def paint_defect(picture: Picture, rng: np.random.Generator, strength: float = 1.0) -> tuple[Picture, Picture]:
     """Paint one defect of a random kind on a square picture.
 
     Kinds: scratch, crack, dent (shading), stain, hole, thread, local blur, patch cut from elsewhere.
@@ -185,6 +180,7 @@ def paint_defect(
     """
     size = picture.shape[0]
     base = picture.astype(np.float32)
+    out: NDArray[np.floating[Any]]
     level = strength * rng.uniform(36, 110)
     kind = int(rng.integers(8))
     if kind == 0:
@@ -195,7 +191,8 @@ def paint_defect(
         out = _add(base, mask, sign * 1.8 * level)
     elif kind == 2:
         mask = _blob(rng, size, 9, 26, 0.35)
-        slope = cv2.Sobel(mask, cv2.CV_32F, *((1, 0) if rng.random() < 0.5 else (0, 1)))
+        across, along = (1, 0) if rng.random() < 0.5 else (0, 1)
+        slope = np.asarray(cv2.Sobel(mask, cv2.CV_32F, across, along), dtype=np.float32)
         out = _add(base, slope / (np.abs(slope).max() + 1e-6), 0.8 * level)
     elif kind == 3:
         mask = _blob(rng, size, 6, 20, 0.2)
@@ -237,9 +234,7 @@ def patch_embeddings(features: Features, pictures: Sequence[Picture], device: st
         with torch.inference_mode():
             maps = [functional.avg_pool2d(m, 3, 1, 1, count_include_pad=False) for m in features(image)]
             grid = maps[0].shape[-2:]
-            wide = [maps[0]] + [
-                functional.interpolate(m, grid, mode="bilinear", align_corners=False) for m in maps[1:]
-            ]
+            wide = [maps[0]] + [functional.interpolate(m, grid, mode="bilinear", align_corners=False) for m in maps[1:]]
             rows.append(torch.cat(wide, 1).flatten(2).transpose(1, 2).float())
     return torch.cat(rows)
 
@@ -264,9 +259,7 @@ def auroc(negatives: NDArray[np.float64], positives: NDArray[np.float64]) -> flo
     return float((below + not_above).mean() / 2 / len(ordered))
 
 
-def score_product(
-    features: Features, product: Product, *, seed: int = 0, device: str = "cpu"
-) -> ProductScore:
+def score_product(features: Features, product: Product, *, seed: int = 0, device: str = "cpu") -> ProductScore:
     """Bank, paint and score one product.
 
     The same seed paints the same defects whatever the backbone is, so that scores are paired.
@@ -279,8 +272,7 @@ def score_product(
     bank = greedy_coreset(bank[torch.from_numpy(picked).to(bank.device)], size)
     scored = [*product.probes, *(picture for picture, _ in painted)]
     distances = [
-        torch.cdist(patch_embeddings(features, [picture], device)[0], bank).amin(1).cpu().numpy()
-        for picture in scored
+        torch.cdist(patch_embeddings(features, [picture], device)[0], bank).amin(1).cpu().numpy() for picture in scored
     ]
     count = len(product.probes)
     images = np.array([d.max() for d in distances], dtype=np.float64)

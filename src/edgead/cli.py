@@ -11,15 +11,15 @@ from typing import NoReturn
 import click
 
 from edgead import __version__
-from edgead.runtime.errors import EdgeadError, missing_dependency
+from edgead.runtime.errors import EdgeadError, StorageError, missing_dependency
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("edgead.demo:demo", "See everything on painted parts; ends in report.html."),
     "fit": ("edgead.server_side.fit_cli:fit", "Photographs of good parts -> a fitted detector."),
     "export": ("edgead.export_command:export", "A fitted detector, or photographs -> a checked bundle."),
-    "show": ("edgead.runtime.cli:show", "What is in a bundle, a knowledge pack or a detector."),
-    "run": ("edgead.runtime.cli:run", "Inspect a picture, a folder, a video or a camera."),
-    "bench": ("edgead.runtime.cli:bench", "Time the engines of a bundle on this machine."),
+    "show": ("edgead.runtime.show_command:show", "What is in a bundle, a knowledge pack or a detector."),
+    "run": ("edgead.runtime.run_command:run", "Inspect a picture, a folder, a video or a camera."),
+    "bench": ("edgead.runtime.bench_command:bench", "Time the engines of a bundle on this machine."),
     "evaluate": ("edgead.server_side.evaluate_cli:evaluate", "Measure a bundle on a labelled data set."),
     "compile": ("edgead.runtime.compile_cli:compile_command", "Build TensorRT plans on the device."),
     "backbone": ("edgead.server_side.backbones.cli:backbone", "Show or distil the embedded backbone."),
@@ -102,6 +102,15 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         # The reader went away (`edgead show | head`): not an error of ours, and nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        # Most places name what they were writing; this is for the rest, such as the temporary folder.
+        failure = StorageError(
+            wanted=f"the file system to do its part{f' at {error.filename}' if error.filename else ''}",
+            got=f"{error.strerror or error}",
+            next_step="Check permissions and free space, also of the temporary folder (TMPDIR).",
+        )
+        _report(failure, debug)
+        sys.exit(failure.exit_code)
     except ModuleNotFoundError as error:
         extra = _EXTRA_OF.get((error.name or "").split(".")[0])
         if extra is None:

@@ -55,15 +55,19 @@ def paint_data(folder: Path, options: DataOptions) -> None:
     """Paint all pictures of the demo.
 
     Written are `<product>/train/good`, `<product>/test/<kind>`, `<product>/ground_truth/<kind>` for both
-    products and, for the new batch, the same layout under `<product>-new-batch`.
+    products, `calibration/good` (normals that no bank ever holds) for the one that is taught later, and for its
+    new batch the same layout under `<product>-new-batch`.
     """
     batch = options.batch_images
     per_product = options.images + options.test_images + len(KINDS) * options.per_kind
-    with Progress("painting", len(PRODUCTS) * per_product + 3 * batch) as progress:
+    with Progress("painting", len(PRODUCTS) * per_product + 4 * batch) as progress:
         for product in PRODUCTS:
             rng = _rng(options, product)
             _paint_good(folder / product / "train" / "good", product, options.images, rng, options, progress)
             _paint_good(folder / product / "test" / "good", product, options.test_images, rng, options, progress)
+            if product == BATCH:
+                place = folder / product / "calibration" / "good"
+                _paint_good(place, product, options.batch_images, rng, options, progress)
             for kind in KINDS:
                 _paint_defects(folder / product, product, kind, options.per_kind, rng, options, progress)
         rng = _rng(options, f"{BATCH}-new-batch")
