@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -117,5 +118,5 @@ def _camera(source: str) -> Iterator[SourceFrame]:
             capture.release()
 
 
-def _rgb(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _rgb(picture: Any) -> NDArray[np.uint8]:
     return np.asarray(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), np.uint8)

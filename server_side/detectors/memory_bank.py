@@ -115,6 +115,8 @@ class MemoryBankHead(nn.Module):
         self, grid: tuple[int, int], size: tuple[int, int], sigma: float = 4.0, neighbours: int = 0
     ) -> None:
         super().__init__()
+        self.up_rows: Tensor
+        self.up_columns: Tensor
         self.grid = grid
         self.neighbours = neighbours
         rows = torch.from_numpy(smoothing_matrix(grid[0], size[0], sigma))
