@@ -28,9 +28,7 @@ def check_contract(spec: DetectorSpec, trunk: ExportedProgram, head: ExportedPro
         )
 
 
-def check_border(
-    program: ExportedProgram, inputs: tuple[Port, ...], outputs: tuple[Port, ...], part: str
-) -> None:
+def check_border(program: ExportedProgram, inputs: tuple[Port, ...], outputs: tuple[Port, ...], part: str) -> None:
     """Check one graph: as many inputs and outputs as ports, each of its port's dtype and shape.
 
     Args:
@@ -63,9 +61,7 @@ def check_border(
 def _check_port(value: Any, port: Port, what: str, bound: dict[str, str]) -> None:
     wanted = f"{what} as {port.dtype} {list(port.shape)}"
     if not isinstance(value, torch.Tensor):
-        raise DetectorError(
-            wanted=wanted, got=f"{type(value).__name__}", next_step="Return a tensor for this port."
-        )
+        raise DetectorError(wanted=wanted, got=f"{type(value).__name__}", next_step="Return a tensor for this port.")
     dtype = str(value.dtype).removeprefix("torch.")
     shape = [size if isinstance(size, int) else str(size) for size in value.shape]
     if dtype != port.dtype or len(shape) != len(port.shape):

@@ -82,9 +82,7 @@ def onnx_from_torch(
     return model
 
 
-def save_onnx(
-    model: ModelProto, folder: Path, name: str, *, external_bytes: int = EXTERNAL_BYTES
-) -> list[str]:
+def save_onnx(model: ModelProto, folder: Path, name: str, *, external_bytes: int = EXTERNAL_BYTES) -> list[str]:
     """Check a model and write it into `folder`.
 
     Args:

@@ -20,8 +20,8 @@ from edgead.runtime.engines.tensorrt_plans import PARTS, RECIPE, Recipe, Shapes
 from edgead.runtime.errors import DetectorError, EngineError, MissingDependencyError
 from edgead.runtime.spec import DetectorSpec, DeviceMatch, Port, canonical_json
 
-OPERATORS = frozenset(
-    """Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization Cast CastLike
+_TABLE = """
+    Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization Cast CastLike
     Ceil Celu Clip Concat Constant ConstantOfShape Conv ConvTranspose Cos Cosh CumSum DeformConv DepthToSpace
     DequantizeLinear Div Dropout Einsum Elu Equal Erf Exp Expand EyeLike Flatten Floor GRU Gather
     GatherElements GatherND Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool Greater GreaterOrEqual GridSample
@@ -32,8 +32,8 @@ OPERATORS = frozenset(
     ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare
     Relu Reshape Resize ReverseSequence RoiAlign Round Scan ScatterElements ScatterND Selu Shape Shrink Sigmoid
     Sign Sin Sinh Size Slice Softmax Softplus Softsign SpaceToDepth Split Sqrt Squeeze Sub Sum Tan Tanh
-    ThresholdedRelu Tile TopK Transpose Trilu Unsqueeze Upsample Where Xor""".split()
-)
+    ThresholdedRelu Tile TopK Transpose Trilu Unsqueeze Upsample Where Xor"""
+OPERATORS = frozenset(_TABLE.split())
 """What the parser of TensorRT 10.3 (JetPack 6) supports: onnx-tensorrt's table of operators as of 9.2, and
 DeformConv, the one that its changelog adds up to 10.3."""
 
@@ -92,9 +92,7 @@ def tensorrt_from_onnx(
             _parses(backend, target, part)
             if compute_capabilities:
                 model: bytes | Path = target if _data(target).is_file() else target.read_bytes()
-                plan, _ = build_plan(
-                    backend, model, profiles[part], part=part, capabilities=compute_capabilities
-                )
+                plan, _ = build_plan(backend, model, profiles[part], part=part, capabilities=compute_capabilities)
                 (folder / f"{part}.plan").write_bytes(plan)
     (folder / RECIPE).write_bytes(canonical_json(Recipe(1, profiles)))
     checked = backend.made_with if backend is not None else None
@@ -113,10 +111,10 @@ def shapes_of(part: str, spec: DetectorSpec, capacity: Mapping[str, int]) -> dic
     tiles = spec.preprocessing.tiles
     batch = tiles.columns * tiles.rows if tiles is not None else 1
     sizes: dict[str, tuple[int, int, int]] = {"B": (1, batch, batch)}
-    for port in spec.knowledge:
-        if port.name in capacity:
-            for symbol in (size for size in port.shape if isinstance(size, str)):
-                sizes[symbol] = (capacity[port.name],) * 3
+    for bank in spec.knowledge:
+        if bank.name in capacity:
+            for symbol in (size for size in bank.shape if isinstance(size, str)):
+                sizes[symbol] = (capacity[bank.name],) * 3
     inputs: tuple[Port, ...] = (spec.image,) if part == "trunk" else spec.head_inputs()
     found: dict[str, Shapes] = {}
     for port in inputs:
@@ -182,8 +180,7 @@ def _cast_first(graph: GraphProto, name: str, part: str) -> None:
                 raise DetectorError(
                     wanted=f"a {part} that casts uint8 pixels to one float type before computing with them",
                     got=f"{node.op_type} (node '{node.name}') on uint8",
-                    next_step="Begin the module with image.permute(0, 3, 1, 2).float(), "
-                    "or take another target.",
+                    next_step="Begin the module with image.permute(0, 3, 1, 2).float(), or take another target.",
                 )
     if to is None:
         return

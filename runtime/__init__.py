@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from edgead.runtime.image import read_image
     from edgead.runtime.inspection import DefectRegion, Inspection, Verdict
     from edgead.runtime.inspector import Inspector
+    from edgead.runtime.knowledge import Pack, decode_pack, encode_pack, new_pack, read_pack, write_pack
     from edgead.runtime.overlay import overlay
     from edgead.runtime.preprocess import prepare
-    from edgead.runtime.knowledge import Pack, decode_pack, encode_pack, new_pack, read_pack, write_pack
 
 _HOME = {
     "Bundle": "bundle",

@@ -17,6 +17,9 @@ from edgead.runtime.spec import DetectorSpec, Preprocessing
 Point = tuple[int, int]
 Arrays = Mapping[str, NDArray[Any]]
 
+_SAME_PEAK = 2
+"""Patches."""
+
 
 def find_evidence(
     outputs: Arrays,
@@ -42,26 +45,29 @@ def find_evidence(
     bank = next((port.name for port in detector.knowledge if port.rows is not None), None)
     if nearest is None or bank is None:
         return ()
-    spec = detector.preprocessing
-    grid = patch_grid(nearest.shape[1], spec)
-    places: dict[tuple[int, int], Point | None] = {}
+    grid = patch_grid(nearest.shape[1], detector.preprocessing) if map_shape is not None else None
+    tiles = _Tiles(outputs["anomaly_map"], grid, frame_shape, detector.preprocessing) if grid else None
     worst = outputs.get("worst_patch")
+    tile = int(outputs["score"].argmax())
+    places: list[tuple[int, int]] = []
     if worst is not None:
-        tile = int(outputs["score"].argmax())
-        places[tile, int(worst[tile])] = _near_peak(tile, int(worst[tile]), peaks, grid, frame_shape, spec)
-    if grid is not None and map_shape is not None:
+        places.append((tile, int(worst[tile])))
+    elif nearest.shape[1] == 1:
+        places.append((tile, 0))
+    if tiles is not None:
         for peak in peaks:
-            places.setdefault(_patch_at(peak, outputs["anomaly_map"], grid, frame_shape, spec), peak)
-    elif worst is None and nearest.shape[1] == 1:
-        places[int(outputs["score"].argmax()), 0] = None
+            place = tiles.patch_at(peak)
+            if not any(tiles.are_close(place, other) for other in places):
+                places.append(place)
+    ids = pack.arrays.get(f"{bank}.ids")
     found = []
-    for (tile, patch), peak_point in places.items():
-        row = int(nearest[tile, patch]) if 0 <= patch < nearest.shape[1] else -1
+    for place in places:
+        row = int(nearest[place]) if 0 <= place[1] < nearest.shape[1] else -1
         if 0 <= row < len(pack.arrays[bank]):
-            ids = pack.arrays.get(f"{bank}.ids")
             point = None
-            if peak_point is not None and map_shape is not None:
-                point = point_in_frame(peak_point, map_shape, frame_shape, spec)
+            if tiles is not None and map_shape is not None:
+                centre = tiles.centre(place)
+                point = point_in_frame(centre, map_shape, frame_shape, detector.preprocessing)
             found.append(Evidence(bank, row, None if ids is None else int(ids[row]), point))
     return tuple(found)
 
@@ -76,45 +82,45 @@ def patch_grid(patches: int, spec: Preprocessing) -> tuple[int, int] | None:
     return (patches // columns, columns) if columns and abs(columns - ideal) <= 1 else None
 
 
-def _tile_offsets(map_shape: tuple[int, ...], frame_shape: tuple[int, ...], spec: Preprocessing) -> list[Point]:
-    """Where each tile's map [h, w] begins in the merged one, as `preprocess.merge_maps` places it."""
-    boxes = tile_boxes(frame_shape, spec)
-    first = boxes[0]
-    return [
-        (
-            (2 * (box.x - first.x) * map_shape[1] + first.width) // (2 * first.width),
-            (2 * (box.y - first.y) * map_shape[0] + first.height) // (2 * first.height),
-        )
-        for box in boxes
-    ]
+class _Tiles:
+    """Where patches lie in the merged map. A patch is (tile, index in the tile's grid)."""
 
+    def __init__(
+        self, maps: NDArray[Any], grid: tuple[int, int], frame_shape: tuple[int, ...], spec: Preprocessing
+    ) -> None:
+        self.maps, self.grid = maps, grid
+        boxes = tile_boxes(frame_shape, spec)
+        first = boxes[0]
+        # As `preprocess.merge_maps` places them.
+        self.offsets = [
+            (
+                (2 * (box.x - first.x) * maps.shape[2] + first.width) // (2 * first.width),
+                (2 * (box.y - first.y) * maps.shape[1] + first.height) // (2 * first.height),
+            )
+            for box in boxes
+        ]
 
-def _patch_at(
-    peak: Point, maps: NDArray[Any], grid: tuple[int, int], frame_shape: tuple[int, ...], spec: Preprocessing
-) -> tuple[int, int]:
-    """The tile and patch under a point of the merged map; where tiles overlap, the tile whose value counted."""
-    height, width = maps.shape[1:]
-    best, place = -np.inf, (0, 0)
-    for tile, (left, top) in enumerate(_tile_offsets((height, width), frame_shape, spec)):
-        x, y = peak[0] - left, peak[1] - top
-        if 0 <= x < width and 0 <= y < height and maps[tile, y, x] > best:
-            best = maps[tile, y, x]
-            place = tile, (y * grid[0] // height) * grid[1] + x * grid[1] // width
-    return place
+    def patch_at(self, peak: Point) -> tuple[int, int]:
+        """The patch under a point of the merged map; where tiles overlap, of the tile whose value counted."""
+        height, width = self.maps.shape[1:]
+        best, place = -np.inf, (0, 0)
+        for tile, (left, top) in enumerate(self.offsets):
+            x, y = peak[0] - left, peak[1] - top
+            if 0 <= x < width and 0 <= y < height and self.maps[tile, y, x] > best:
+                best = self.maps[tile, y, x]
+                place = tile, (y * self.grid[0] // height) * self.grid[1] + x * self.grid[1] // width
+        return place
 
+    def centre(self, place: tuple[int, int]) -> Point:
+        """The middle of a patch in pixels of the merged map."""
+        tile, patch = place
+        row, column = divmod(patch, self.grid[1])
+        height, width = self.maps.shape[1:]
+        left, top = self.offsets[tile]
+        x = left + (2 * column + 1) * width // (2 * self.grid[1])
+        return x, top + (2 * row + 1) * height // (2 * self.grid[0])
 
-def _near_peak(
-    tile: int,
-    patch: int,
-    peaks: Sequence[Point],
-    grid: tuple[int, int] | None,
-    frame_shape: tuple[int, ...],
-    spec: Preprocessing,
-) -> Point | None:
-    """The peak that a patch belongs to: the nearest one to its centre."""
-    if grid is None or not peaks:
-        return None
-    left, top = _tile_offsets((spec.height, spec.width), frame_shape, spec)[tile]
-    x = left + (patch % grid[1] + 0.5) * spec.width / grid[1]
-    y = top + (patch // grid[1] + 0.5) * spec.height / grid[0]
-    return min(peaks, key=lambda peak: (peak[0] - x) ** 2 + (peak[1] - y) ** 2)
+    def are_close(self, one: tuple[int, int], other: tuple[int, int]) -> bool:
+        """Whether two patches belong to one peak: the map's smoothing moves a peak by a patch or two."""
+        (row, column), (row2, column2) = divmod(one[1], self.grid[1]), divmod(other[1], self.grid[1])
+        return one[0] == other[0] and abs(row - row2) <= _SAME_PEAK and abs(column - column2) <= _SAME_PEAK

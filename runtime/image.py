@@ -155,6 +155,8 @@ def _upright(frame: Frame, orientation: int) -> Frame:
 
 
 def _encoded(frame: Frame, suffix: str, options: list[int]) -> bytes:
+    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+        raise _not_encodable(frame)
     try:
         done, data = cv2.imencode(suffix, cv2.cvtColor(frame, cv2.COLOR_RGB2BGR), options)
     except cv2.error as error:

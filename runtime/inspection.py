@@ -52,7 +52,7 @@ class Evidence:
         bank: name of the memory bank.
         row: index of the row in it.
         row_id: the row's id, by which its source image is traced; None if the pack has no ids.
-        point: (x, y) of the patch's peak in pixels of the source frame; None for a detector without maps.
+        point: (x, y) of the patch's centre in pixels of the source frame; None for a detector without maps.
     """
 
     bank: str
@@ -73,8 +73,8 @@ class Inspection:
         anomaly_map: float32 [h, w] over the region of interest in the engine's resolution; None if the
             detector makes none.
         regions: of an NG frame, by descending peak; empty on OK frames.
-        evidence: the nearest bank rows of the regions' peaks, or of the map's peak on OK frames; empty if
-            the head does not name them.
+        evidence: the nearest bank rows of the patch that made the score, then of the regions' other peaks;
+            empty if the head does not name them.
         product: the product that the frame was inspected as.
         knowledge: version of the knowledge, the first 12 digits of its digest.
         timings: milliseconds by stage, see `STAGES`.

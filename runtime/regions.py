@@ -88,7 +88,8 @@ def outline(
     left, upper, width, height = cv2.boundingRect(bits)
     window = anomaly_map[upper : upper + height, left : left + width]
     bits = bits[upper : upper + height, left : left + width]
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(bits, connectivity=8)
+    count, found_labels, stats, _ = cv2.connectedComponentsWithStats(bits, connectivity=8)
+    labels: NDArray[np.int32] = np.asarray(found_labels, np.int32)
     peaks = np.full(count, -np.inf, np.float32)
     inside = bits.view(np.bool_)
     np.maximum.at(peaks, labels[inside], window[inside])

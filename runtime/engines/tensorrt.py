@@ -69,9 +69,7 @@ class TensorRtEngine(Engine):
     def _head(self, inputs: tuple[Port, ...], outputs: tuple[Port, ...], knowledge: Arrays) -> Session:
         return self._session("head", inputs, outputs, knowledge)
 
-    def _session(
-        self, part: str, inputs: tuple[Port, ...], outputs: tuple[Port, ...], knowledge: Arrays
-    ) -> Session:
+    def _session(self, part: str, inputs: tuple[Port, ...], outputs: tuple[Port, ...], knowledge: Arrays) -> Session:
         self._gpu.activate()
         if part not in self._plans:
             self._plans[part] = deserialise(self._backend, self._read(part), part)
@@ -82,9 +80,7 @@ class TensorRtEngine(Engine):
         self._plans.clear()
 
 
-def choose_plans(
-    bundle: Bundle, record: EngineRecord, gpu: Cuda
-) -> tuple[Backend, Callable[[str], bytes]]:
+def choose_plans(bundle: Bundle, record: EngineRecord, gpu: Cuda) -> tuple[Backend, Callable[[str], bytes]]:
     """The library to use and a reader of its plans ('trunk' or 'head' -> bytes) for this machine.
 
     Raises:

@@ -14,7 +14,7 @@ import tempfile
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,12 +93,12 @@ def load_backend(library: Library | None = None) -> Backend:
     raise missing_dependency(name, _EXTRA[name], "the target 'tensorrt'")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _backend(name: Library) -> Backend:
     trt = importlib.import_module(name)
     errors: deque[str] = deque(maxlen=20)
 
-    class Messages(trt.ILogger):  # type: ignore[misc]
+    class Messages(trt.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
