@@ -84,6 +84,9 @@ def check_manifest(manifest: Manifest) -> None:
             refuse("a list of all files but the manifest", "the manifest in its own list")
         if record.size < 0:
             refuse("sizes of 0 bytes or more", f"{record.size} for {name!r}")
+    ports = [port.name for port in (*manifest.detector.head_inputs(), *manifest.detector.outputs)]
+    if len(set(ports)) != len(ports):
+        refuse("a name of its own for each port of its detector", ", ".join(ports)[:300])
     names = [engine.name for engine in manifest.engines]
     if not names or len(set(names)) != len(names):
         refuse("at least one engine, each with its own name", ", ".join(names) or "none")

@@ -39,7 +39,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     """
     with storage_errors(path, "to write a file"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".part", dir=path.parent)
+        descriptor, name = tempfile.mkstemp(prefix=_prefix(path), suffix=".part", dir=path.parent)
         part = Path(name)
         try:
             with os.fdopen(descriptor, "w+b") as stream:
@@ -92,7 +92,7 @@ def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
     refuse_existing(path, force)
     with storage_errors(path, "to write a folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+        work = Path(tempfile.mkdtemp(prefix=_prefix(path), suffix=".part", dir=path.parent))
     try:
         with storage_errors(path, "to write a folder"):
             yield work
@@ -103,6 +103,7 @@ def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
                 else:
                     sync_folder(name)
             work.chmod(0o755)
+            sync_folder(work)
             _take_place(work, path)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
@@ -110,19 +111,23 @@ def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def _take_place(work: Path, path: Path) -> None:
-    """Rename `work` to `path`; an old `path` steps aside first and comes back if that fails."""
-    if not path.exists():
-        os.replace(work, path)
-    elif path.is_file():
-        path.unlink()
+    """Rename `work` to `path`; what is there steps aside first and comes back if that fails."""
+    if not path.exists() and not path.is_symlink():
         os.replace(work, path)
     else:
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-        os.replace(path, aside)
+        aside = Path(tempfile.mkdtemp(prefix=_prefix(path), suffix=".old", dir=path.parent))
         try:
-            os.replace(work, path)
-        except OSError:
-            os.replace(aside, path)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path, aside / "old")
+            try:
+                os.replace(work, path)
+            except OSError:
+                os.replace(aside / "old", path)
+                raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
     sync_folder(path.parent)
+
+
+def _prefix(path: Path) -> str:
+    """Hidden, and short enough for any file system whatever the length of the name."""
+    return f".{path.name[:32]}."

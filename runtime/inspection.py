@@ -79,6 +79,7 @@ class Inspection:
         knowledge: version of the knowledge, the first 12 digits of its digest.
         timings: milliseconds by stage, see `STAGES`.
         reason: why the frame was not inspected; None if it was.
+        map_threshold: map value that regions were outlined at, from the same knowledge; None if it has none.
     """
 
     verdict: Verdict
@@ -92,6 +93,7 @@ class Inspection:
     knowledge: str
     timings: Mapping[str, float] = field(default_factory=dict)
     reason: str | None = None
+    map_threshold: float | None = None
 
     @property
     def passes(self) -> bool:

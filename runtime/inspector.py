@@ -333,6 +333,7 @@ class Inspector:
             regions=regions,
             evidence=evidence,
             timings=timings,
+            map_threshold=calibration.map_threshold,
         )
 
     def _merged(self, outputs: Mapping[str, NDArray[Any]], frame_shape: tuple[int, ...]) -> NDArray[np.float32] | None:

@@ -15,6 +15,8 @@ SHA-256 names it; parent, release and signature are not part of it.
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,7 +31,7 @@ from edgead.runtime import files
 from edgead.runtime.errors import KnowledgeError, storage_errors
 from edgead.runtime.pack_checks import calibration_text, check_arrays, check_names, read_calibration
 from edgead.runtime.spec import DEFAULT_LIMITS, PACK_SCHEMA, Calibration, DetectorSpec, KnowledgePort, Limits
-from edgead.runtime.tensors import decode_tensors, encode_tensors, encoded_parts, little_endian
+from edgead.runtime.tensors import check_tensors, decode_tensors, encode_tensors, encoded_parts, little_endian
 
 IDS = ".ids"
 """What the name of a bank's row ids ends with."""
@@ -57,6 +59,7 @@ class Pack:
     def __post_init__(self) -> None:
         check_names(self.product, self.fingerprint)
         arrays = {name: _frozen(self.arrays[name]) for name in sorted(self.arrays)}
+        check_tensors(arrays)
         check_arrays(arrays)
         object.__setattr__(self, "arrays", MappingProxyType(arrays))
         object.__setattr__(self, "calibration", read_calibration(calibration_text(self.calibration)))
@@ -131,6 +134,12 @@ def new_pack(
         made[name] = array
         if is_bank(name) and name + IDS not in arrays:
             rows = array.shape[0] if array.ndim else 0
+            if next_id < 0 or next_id + rows > 2**64:
+                raise KnowledgeError(
+                    wanted=f"row ids of 64 bits for {name!r}",
+                    got=f"{rows} rows from id {next_id} on",
+                    next_step="Begin with a smaller first id.",
+                )
             made[name + IDS] = np.arange(next_id, next_id + rows, dtype=np.uint64)
             next_id += rows
     for array in made.values():
@@ -190,11 +199,20 @@ def read_pack(path: str | Path, *, limits: Limits = DEFAULT_LIMITS) -> Pack:
     """Read and verify a pack file.
 
     Raises:
-        KnowledgeError: see `decode_pack`.
+        KnowledgeError: see `decode_pack`; or not a plain file.
         StorageError: the file cannot be read.
     """
     with storage_errors(path, "to read a knowledge pack"), open(path, "rb") as stream:
-        data = stream.read(limits.pack_bytes + 1)
+        status = os.fstat(stream.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise KnowledgeError(
+                wanted=f"a knowledge pack at {path}",
+                got="a device or pipe",
+                next_step="Name a file.",
+            )
+        if status.st_size > limits.pack_bytes:
+            raise _too_big(status.st_size, limits)
+        data = stream.read(status.st_size + 1)
     return decode_pack(data, limits=limits)
 
 
@@ -240,9 +258,7 @@ def check_fits(pack: Pack, detector: DetectorSpec, capacity: Mapping[str, int] |
         _check_port(port, pack.arrays[port.name], sizes, (capacity or {}).get(port.name))
 
 
-def head_feeds(
-    pack: Pack, detector: DetectorSpec, pad_to: Mapping[str, int] | None = None
-) -> dict[str, NDArray[Any]]:
+def head_feeds(pack: Pack, detector: DetectorSpec, pad_to: Mapping[str, int] | None = None) -> dict[str, NDArray[Any]]:
     """The knowledge inputs of a head, in graph order, from a pack that fits (`check_fits`).
 
     Args:
@@ -334,6 +350,6 @@ def _no_fit(wanted: str, got: str) -> KnowledgeError:
 def _too_big(size: int, limits: Limits) -> KnowledgeError:
     return KnowledgeError(
         wanted=f"a pack of at most {limits.pack_bytes} bytes",
-        got=f"at least {size}",
+        got=f"{size}",
         next_step="Make the bank smaller with a coreset.",
     )

@@ -28,23 +28,17 @@ _HEAT_FROM, _HEAT_FULL = 0.75, 1.5
 _HEAT_OPACITY = 0.5
 
 
-def overlay(
-    frame: Frame,
-    inspection: Inspection,
-    preprocessing: Preprocessing,
-    *,
-    map_threshold: float | None = None,
-) -> Frame:
+def overlay(frame: Frame, inspection: Inspection, preprocessing: Preprocessing) -> Frame:
     """Draw an inspection onto a copy of its frame.
 
-    Heat tints only what comes near the threshold, so a good part looks like its photograph. Regions get a
-    red contour and a thin box; a strip below carries the verdict, the score and the knowledge's version.
+    Heat tints only what comes near the map's threshold (the image's, where there is none), so a good part
+    looks like its photograph. Regions get a red contour and a thin box; a strip below carries the verdict,
+    the score and the knowledge's version.
 
     Args:
         frame: uint8 RGB [H, W, 3], the source frame; not changed.
         inspection: what the inspector said of it.
         preprocessing: of the detector, to place the map on the frame.
-        map_threshold: map value above which regions were outlined; by default the image's threshold.
 
     Returns:
         uint8 RGB [H2, W2, 3]: the frame scaled so that its longer side has `SMALLEST` to `LARGEST` pixels,
@@ -58,7 +52,7 @@ def overlay(
     line = max(1, round(max(size) / 500))
     boxes = [_scaled(region.box, scale, size) for region in inspection.regions]
     if inspection.anomaly_map is not None:
-        level = inspection.threshold if map_threshold is None else map_threshold
+        level = inspection.threshold if inspection.map_threshold is None else inspection.map_threshold
         full = map_to_frame(inspection.anomaly_map, frame.shape, preprocessing)
         values = np.asarray(cv2.resize(full, size, interpolation=cv2.INTER_LINEAR), np.float32)
         low, top = float(inspection.anomaly_map.min()), float(inspection.anomaly_map.max())

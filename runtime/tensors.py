@@ -57,6 +57,27 @@ def little_endian(array: NDArray[Any]) -> NDArray[Any]:
     return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).reshape(array.shape)
 
 
+def check_tensors(arrays: Mapping[str, NDArray[Any]]) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+    """Check that the format can hold little-endian `arrays`.
+
+    Returns:
+        dtype and shape by name.
+
+    Raises:
+        KnowledgeError: a name, dtype or number of dimensions that it does not have, or too many arrays.
+    """
+    _check_count(len(arrays))
+    for name, array in arrays.items():
+        _check_array(name, array.shape)
+        if array.dtype not in _NAMES:
+            raise KnowledgeError(
+                wanted=f"{name!r} as one of {', '.join(dtype.name for dtype in _NAMES)}",
+                got=str(array.dtype),
+                next_step="Convert the array first.",
+            )
+    return {name: (array.dtype, array.shape) for name, array in arrays.items()}
+
+
 def encode_tensors(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
     """Named arrays as one canonical safetensors file.
 
@@ -66,13 +87,10 @@ def encode_tensors(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, st
     return b"".join(encoded_parts(arrays, metadata))
 
 
-def encoded_parts(
-    arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]
-) -> Iterator[bytes | memoryview]:
+def encoded_parts(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
     """The same bytes as `encode_tensors` in parts, so that hashing or writing holds no second copy."""
-    _check_count(len(arrays))
     ordered = {name: little_endian(arrays[name]) for name in sorted(arrays)}
-    yield _header({name: _described(name, array) for name, array in ordered.items()}, metadata)
+    yield _header(check_tensors(ordered), metadata)
     for array in ordered.values():
         yield array.reshape(-1).view(np.uint8).data
 
@@ -148,13 +166,6 @@ def _parsed(header: bytes) -> tuple[dict[str, _Entry], dict[str, str]]:
         raise _bad("a safetensors header", f"something else ({error})") from error
 
 
-def _described(name: str, array: NDArray[Any]) -> tuple[np.dtype[Any], tuple[int, ...]]:
-    _check_array(name, array.shape)
-    if array.dtype not in _NAMES:
-        raise _bad(f"dtypes {', '.join(d.name for d in _NAMES)}", f"{array.dtype} of array {name!r}")
-    return array.dtype, array.shape
-
-
 def _check_count(count: int) -> None:
     if count > MAX_ARRAYS:
         raise _bad(f"at most {MAX_ARRAYS} arrays", f"{count}")
@@ -164,14 +175,10 @@ def _check_array(name: str, shape: tuple[int, ...]) -> None:
     if not _ARRAY_NAME.match(name):
         raise _bad("array names of letters, digits, '.', '_', '-'", repr(name[:200]))
     if len(shape) > MAX_DIMENSIONS or not all(0 <= size <= MAX_DIMENSION for size in shape):
-        raise _bad(
-            f"at most {MAX_DIMENSIONS} dimensions of 0 to {MAX_DIMENSION}", f"shape {shape} of array {name!r}"
-        )
+        raise _bad(f"at most {MAX_DIMENSIONS} dimensions of 0 to {MAX_DIMENSION}", f"shape {shape} of array {name!r}")
 
 
-def _header(
-    described: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], metadata: Mapping[str, str]
-) -> bytes:
+def _header(described: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
     """Length and padded JSON: everything that comes before the data."""
     content: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0

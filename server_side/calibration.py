@@ -31,9 +31,7 @@ def calibrate(
         InputError: fewer than 2 scores, a score that is no number, or a rate outside (0, 1).
     """
     if not 0.0 < false_alarm_rate < 1.0:
-        raise InputError(
-            wanted="a false-alarm rate between 0 and 1", got=f"{false_alarm_rate}", next_step="Try 0.01."
-        )
+        raise InputError(wanted="a false-alarm rate between 0 and 1", got=f"{false_alarm_rate}", next_step="Try 0.01.")
     if len(scores) < 2 or not np.isfinite(scores).all():
         raise InputError(
             wanted="finite scores of at least 2 held-out normal images",
@@ -53,21 +51,34 @@ def calibrate(
 
 
 def upper_quantile(values: NDArray[np.float32], rate: float) -> float:
-    """The value that a share `rate` of all future values is expected to exceed.
+    """The value that at most a share `rate` of all future values is expected to exceed.
 
-    With more than 1 / rate values it is an order statistic: the smallest one that at most floor(rate * n)
-    values exceed. With fewer the sample cannot show so rare a value, so the tail is extrapolated: the upper
-    prediction limit for one more normally distributed value (Student's t with n - 1 degrees of freedom), and
-    never below the largest value seen.
+    Of n values, a further one exceeds the (k + 1)-th largest with probability (k + 1) / (n + 1), whatever their
+    distribution; so with enough of them this is the order statistic with the largest k that keeps the promise.
+    With fewer the sample cannot show so rare a value, and the tail is extrapolated: the upper prediction limit
+    for one more value whose logarithm is normally distributed (Student's t with n - 1 degrees of freedom), at
+    least the largest value seen and at most twice it. Distances are positive and lean to the right: of real
+    scores, limits on the plain values let through nearly twice the wanted share, those on logarithms the wanted
+    one. Values that are not all positive are taken as they are.
     """
     ordered = np.sort(np.asarray(values, np.float64))
     count = len(ordered)
-    allowed = math.floor(rate * count)
-    if allowed >= 1:
-        return float(ordered[count - 1 - allowed])
-    spread = float(ordered.std(ddof=1)) * math.sqrt(1.0 + 1.0 / count)
-    limit = float(ordered.mean()) + float(stats.t.ppf(1.0 - rate, count - 1)) * spread
-    return max(limit, float(ordered[-1]))
+    exceeding = _allowed(count, rate)
+    if exceeding >= 0:
+        return float(ordered[count - 1 - exceeding])
+    positive = ordered[0] > 0
+    plain = np.log(ordered) if positive else ordered
+    spread = float(plain.std(ddof=1)) * math.sqrt(1.0 + 1.0 / count)
+    limit = float(plain.mean()) + float(stats.t.ppf(1.0 - rate, count - 1)) * spread
+    largest = float(ordered[-1])
+    if not positive:
+        return max(limit, largest)
+    return min(max(math.exp(min(limit, 700.0)), largest), 2.0 * largest)
+
+
+def _allowed(count: int, rate: float) -> int:
+    """How many of `count` held-out values may lie above the threshold; -1 if even none is not enough."""
+    return math.floor(rate * (count + 1) + 1e-9) - 1
 
 
 def false_alarm_bound(exceeding: int, count: int) -> float:
@@ -89,7 +100,7 @@ def statement(calibration: Calibration) -> str:
         f"held-out normal images; with {100 * CONFIDENCE:g} % confidence the true rate is below "
         f"{100 * calibration.false_alarm_bound:.1f} %."
     )
-    if calibration.held_out < 1.0 / calibration.false_alarm_rate:
+    if _allowed(calibration.held_out, calibration.false_alarm_rate) < 0:
         text += (
             f" So few images cannot show a rate of {100 * calibration.false_alarm_rate:g} %: the threshold "
             "is extrapolated from their spread."

@@ -1,8 +1,8 @@
 """Labelled data sets in the MVTec layout.
 
-    train/good/*.png                        normal images to fit on
-    test/good/*.png, test/<type>/*.png      images to evaluate on; the type is the kind of defect
-    ground_truth/<type>/<name>_mask.png     where the defect is (any value above 127), if known
+train/good/*.png                        normal images to fit on
+test/good/*.png, test/<type>/*.png      images to evaluate on; the type is the kind of defect
+ground_truth/<type>/<name>_mask.png     where the defect is, if known (see `read_mask`)
 """
 
 from __future__ import annotations
@@ -95,17 +95,27 @@ def normal_images(root: Path) -> list[Path]:
 def read_mask(sample: Sample, shape: Sequence[int]) -> NDArray[np.bool_]:
     """A sample's mask, bool [H, W] of its image's size; all false for good parts.
 
+    The defect is what is brighter than half of the mask's brightest pixel, so masks of 0 and 1, of 0 and 255,
+    and with soft edges mean the same.
+
     Raises:
-        InputError: the mask has another size than the image.
+        InputError: the mask has another size than the image, or marks nothing.
         ImageError: it is no picture.
     """
     if sample.mask is None:
         return np.zeros((shape[0], shape[1]), np.bool_)
-    mask: NDArray[np.bool_] = read_image(sample.mask)[..., 0] > 127
+    values = read_image(sample.mask).max(2)
+    mask: NDArray[np.bool_] = values > values.max() / 2
     if mask.shape != (shape[0], shape[1]):
         raise InputError(
             wanted=f"a mask of {shape[1]} x {shape[0]} pixels for {sample.path}",
             got=f"{mask.shape[1]} x {mask.shape[0]} in {sample.mask}",
             next_step="Draw the mask on the image itself.",
+        )
+    if not mask.any():
+        raise InputError(
+            wanted=f"the defect of {sample.path} marked in its mask",
+            got=f"a black picture: {sample.mask}",
+            next_step="Mark the defect, or move the image to test/good if it shows none.",
         )
     return mask

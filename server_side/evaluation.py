@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgead.runtime.errors import EngineError, InputError
 from edgead.runtime.image import map_to_frame, read_image
@@ -90,8 +89,7 @@ class Evaluation:
             "threshold": self.threshold,
             "milliseconds": {stage: round(value, 3) for stage, value in self.milliseconds.items()},
             "kinds": {
-                kind.kind: {name: value for name, value in vars(kind).items() if name != "kind"}
-                for kind in self.kinds
+                kind.kind: {name: value for name, value in vars(kind).items() if name != "kind"} for kind in self.kinds
             },
             "notes": list(self.notes),
         }
@@ -142,8 +140,8 @@ def _limited(samples: list[Sample], limit: int | None) -> list[Sample]:
 
 def _evaluate(inspector: Inspector, samples: Sequence[Sample]) -> Evaluation:
     outcomes: list[Outcome] = []
-    maps: list[NDArray[np.float32] | None] = []
-    shapes: list[tuple[int, int]] = []
+    masked = {sample.kind for sample in samples if sample.mask is not None}
+    counters: dict[str, PixelCounter] = {}
     with Progress("inspecting", len(samples)) as progress:
         for sample in progress.track(samples):
             frame = read_image(sample.path)
@@ -154,66 +152,59 @@ def _evaluate(inspector: Inspector, samples: Sequence[Sample]) -> Evaluation:
                     got=f"none: {inspection.reason}",
                     next_step="Check the engine with: edgead bench BUNDLE",
                 )
-            outcomes.append(Outcome(sample, _without_map(inspection)))
-            maps.append(inspection.anomaly_map)
-            shapes.append((frame.shape[0], frame.shape[1]))
-    counters = _pixel_counters(inspector, samples, maps, shapes)
-    kinds = sorted({sample.kind for sample in samples} - {GOOD})
-    results = [_kind_result("all", kinds, outcomes, counters.get("all"))]
-    results += [_kind_result(kind, [kind], outcomes, counters.get(kind)) for kind in kinds]
-    good = [outcome for outcome in outcomes if not outcome.sample.anomalous]
-    alarms = sum(outcome.inspection.verdict is Verdict.NG for outcome in good)
-    results.append(KindResult(GOOD, len(good), wrong=alarms))
-    unmasked = sorted({sample.kind for sample in samples if sample.anomalous and sample.mask is None})
-    notes = [f"no masks for {', '.join(unmasked)}: left out of the pixel metrics"] if unmasked else []
-    stages = outcomes[0].inspection.timings.keys() if outcomes else ()
+            found = inspection.anomaly_map
+            if found is not None and masked and (sample.mask is not None or not sample.anomalous):
+                full = map_to_frame(found, frame.shape, inspector.spec.preprocessing)
+                counters.setdefault(sample.kind, PixelCounter()).add(full, read_mask(sample, frame.shape))
+            # A map is large and there may be thousands of frames: it is counted, not kept.
+            outcomes.append(Outcome(sample, replace(inspection, anomaly_map=None)))
     first = outcomes[0].inspection
     return Evaluation(
         engine=inspector.engine,
         knowledge=first.knowledge,
         threshold=first.threshold,
-        kinds=tuple(results),
+        kinds=tuple(_results(outcomes, counters)),
         outcomes=tuple(outcomes),
         milliseconds={
             stage: float(np.median([outcome.inspection.timings.get(stage, 0.0) for outcome in outcomes]))
-            for stage in stages
+            for stage in first.timings
         },
-        notes=tuple(notes),
+        notes=tuple(_notes(samples, with_map=inspector.spec.has_map)),
     )
 
 
-def _without_map(inspection: Inspection) -> Inspection:
-    from dataclasses import replace
+def _results(outcomes: Sequence[Outcome], counters: Mapping[str, PixelCounter]) -> Iterator[KindResult]:
+    """'all', each defect type, 'good'; the pixels of good images count in each."""
+    kinds = sorted({outcome.sample.kind for outcome in outcomes} - {GOOD})
+    yield _kind_result("all", kinds, outcomes, _pixels(counters, kinds))
+    for kind in kinds:
+        yield _kind_result(kind, [kind], outcomes, _pixels(counters, [kind]))
+    good = [outcome for outcome in outcomes if not outcome.sample.anomalous]
+    yield KindResult(GOOD, len(good), wrong=sum(o.inspection.verdict is Verdict.NG for o in good))
 
-    return replace(inspection, anomaly_map=None)
+
+def _pixels(counters: Mapping[str, PixelCounter], kinds: Sequence[str]) -> PixelCounter | None:
+    """What was counted of good images and of `kinds`; None if none of them has masks."""
+    chosen = [counters[kind] for kind in kinds if kind in counters]
+    if not chosen:
+        return None
+    total = PixelCounter()
+    for counter in (*chosen, *([counters[GOOD]] if GOOD in counters else [])):
+        total.merge(counter)
+    return total
 
 
-def _pixel_counters(
-    inspector: Inspector,
-    samples: Sequence[Sample],
-    maps: Sequence[NDArray[np.float32] | None],
-    shapes: Sequence[tuple[int, int]],
-) -> dict[str, PixelCounter]:
-    """A counter for each type with masks and one for all of them; good images count in each."""
-    present = [anomaly_map for anomaly_map in maps if anomaly_map is not None]
-    masked = sorted({sample.kind for sample in samples if sample.mask is not None})
-    if not present or not masked:
-        return {}
-    low = min(float(anomaly_map.min()) for anomaly_map in present)
-    high = max(float(anomaly_map.max()) for anomaly_map in present)
-    counters = {kind: PixelCounter(low, high) for kind in ["all", *masked]}
-    spec = inspector.spec.preprocessing
-    with Progress("comparing with masks", len(samples)) as progress:
-        for sample, anomaly_map, shape in zip(samples, maps, shapes, strict=True):
-            progress.advance()
-            if anomaly_map is None or (sample.anomalous and sample.mask is None):
-                continue
-            mask = read_mask(sample, shape)
-            full = map_to_frame(anomaly_map, shape, spec)
-            for kind in [sample.kind] if sample.anomalous else masked:
-                counters[kind].add(full, mask)
-            counters["all"].add(full, mask)
-    return counters
+def _notes(samples: Sequence[Sample], *, with_map: bool) -> Iterator[str]:
+    kinds = {sample.kind for sample in samples}
+    if GOOD not in kinds:
+        yield "no good images in the test set: image AUROC and false alarms are not defined"
+    if kinds == {GOOD}:
+        yield "no defects in the test set: only false alarms are measured"
+    if not with_map:
+        yield "the detector makes no anomaly maps: there are no pixel metrics"
+    unmasked = sorted({sample.kind for sample in samples if sample.anomalous and sample.mask is None})
+    if unmasked and with_map:
+        yield f"no masks for {', '.join(unmasked)}: left out of the pixel metrics"
 
 
 def _kind_result(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -40,12 +41,16 @@ figure{margin:0}
 figure img{width:100%;display:block;border-radius:8px;background:#e9eef2}
 figcaption{font-size:.85rem;color:#667785;padding:6px 2px 0;overflow-wrap:anywhere}
 .pair{display:grid;grid-template-columns:1fr 1fr;gap:8px}
+.case{display:grid;grid-template-columns:1fr 1fr;gap:8px;align-content:start}
+.case img{height:190px;object-fit:contain;background:#16212b}
+.note{color:#667785;font-size:.88rem;margin:10px 2px 0;max-width:none}
 .pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(400px,100%),1fr));gap:18px}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:14px}
 .ok{color:#1a7f5a;font-weight:600}.ng{color:#c4342d;font-weight:600}
 code,pre{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:.9rem}
 pre{background:#16212b;color:#e6edf3;border-radius:10px;padding:14px 16px;overflow-x:auto}
 svg{max-width:100%;height:auto;display:block}
+.row svg{margin:0 auto}
 """
 
 
@@ -70,9 +75,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of texts in a panel that scrolls by itself on narrow screens."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return (
-        f'<div class="panel"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
-    )
+    return f'<div class="panel"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
 def figure(frame: NDArray[np.uint8], caption: str, *, side: int = 320) -> str:
@@ -100,9 +103,7 @@ def svg_roc(curves: Mapping[str, Sequence[tuple[float, float]]], title: str) -> 
         share = place / 4
         parts.append(_text(left + share * width, top + height + 16, f"{share:g}", "middle"))
         parts.append(_text(left - 6, top + height - share * height + 4, f"{share:g}", "end"))
-    parts.append(
-        f'<line x1="{left}" y1="{top + height}" x2="{left + width}" y2="{top}" stroke="{LINE}"/>'
-    )
+    parts.append(f'<line x1="{left}" y1="{top + height}" x2="{left + width}" y2="{top}" stroke="{LINE}"/>')
     for place, (name, points) in enumerate(curves.items()):
         colour = ACCENT if len(curves) == 1 else PALETTE[place % len(PALETTE)]
         path = " ".join(f"{left + x * width:.1f},{top + (1 - y) * height:.1f}" for x, y in points)
@@ -113,9 +114,7 @@ def svg_roc(curves: Mapping[str, Sequence[tuple[float, float]]], title: str) -> 
     return _svg(left + width + 14, top + height + 44, parts, title)
 
 
-def svg_histogram(
-    groups: Mapping[str, Sequence[float]], threshold: float, title: str, *, bins: int = 40
-) -> str:
+def svg_histogram(groups: Mapping[str, Sequence[float]], threshold: float, title: str, *, bins: int = 40) -> str:
     """Histograms of scores by group, one row each on a shared axis, with the threshold as a line.
 
     The group named 'good' is green; others take colours in turn. Each row is scaled to its own peak.
@@ -143,15 +142,23 @@ def svg_histogram(
         parts.append(_text(left - 8, base - 3, f"{len(group)} images", "end"))
     at = left + (threshold - low) / (high - low) * width
     parts.append(
-        f'<line x1="{at:.1f}" y1="{top}" x2="{at:.1f}" y2="{top + height}" stroke="{INK}" '
-        'stroke-dasharray="4 3"/>'
+        f'<line x1="{at:.1f}" y1="{top}" x2="{at:.1f}" y2="{top + height}" stroke="{INK}" stroke-dasharray="4 3"/>'
     )
     parts.append(_text(min(max(at, left + 30), left + width - 30), top - 4, "threshold", "middle", INK))
-    for share in (0.0, 0.5, 1.0):
-        parts.append(
-            _text(left + share * width, top + height + 16, f"{low + share * (high - low):.3g}", "middle")
-        )
+    for tick in ticks(low, high):
+        x = left + (tick - low) / (high - low) * width
+        parts.append(f'<line x1="{x:.1f}" y1="{top + height}" x2="{x:.1f}" y2="{top + height + 4}" stroke="{QUIET}"/>')
+        parts.append(_text(x, top + height + 16, f"{tick:g}", "middle"))
     return _svg(left + width + 20, top + height + 44, parts, title)
+
+
+def ticks(low: float, high: float, about: int = 6) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten apart) from `low` to `high`, about so many."""
+    rough = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [float(f"{place * step:.12g}") for place in range(first, last + 1)]
 
 
 def _axes(left: float, top: float, width: float, height: float, title: str, below: str, beside: str) -> str:
@@ -171,8 +178,7 @@ def _axes(left: float, top: float, width: float, height: float, title: str, belo
 
 def _text(x: float, y: float, text: str, anchor: str, colour: str = QUIET, size: int = 11) -> str:
     return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}" font-size="{size}">'
-        f"{escape(text)}</text>"
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}" font-size="{size}">{escape(text)}</text>'
     )
 
 

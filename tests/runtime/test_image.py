@@ -267,7 +267,7 @@ def test_a_file_over_the_byte_limit_is_not_read_to_its_end(tmp_path: Path) -> No
 
 
 def test_a_missing_file_is_a_storage_error(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="nowhere.png"):
+    with pytest.raises(StorageError, match="nowhere"):
         read_image(tmp_path / "nowhere.png")
     with pytest.raises(StorageError):
         read_image(tmp_path)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+
 from edgead.runtime.errors import BackboneError, InputError
 from edgead.server_side.backbones import validation
 from edgead.server_side.backbones.cli import backbone as command
@@ -21,9 +22,7 @@ from edgead.server_side.backbones.embedded import TAPS, load_embedded, random_em
 from edgead.server_side.backbones.mobilenet_v2 import MobileNetV2
 from edgead.server_side.backbones.targets import expected_maps, training_crop, view_of
 
-TINY = DistilConfig(
-    steps=6, batch=2, crop=64, warmup=1, channels=(8, 8), statistics=4, chapter=3, checkpoint_every=2
-)
+TINY = DistilConfig(steps=6, batch=2, crop=64, warmup=1, channels=(8, 8), statistics=4, chapter=3, checkpoint_every=2)
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +123,7 @@ def test_a_4x4_kernel_started_from_3x3_answers_a_flat_picture_alike(teacher: Mob
     flat = torch.full((1, 3, 256, 256), 0.6)
     for mine, theirs in zip(student.expansions(flat), teacher(flat), strict=True):
         middle = mine.shape[-1] // 2
-        torch.testing.assert_close(
-            mine[..., middle, middle], theirs[..., middle, middle], rtol=1e-3, atol=1e-3
-        )
+        torch.testing.assert_close(mine[..., middle, middle], theirs[..., middle, middle], rtol=1e-3, atol=1e-3)
 
 
 def test_expected_maps_follow_a_mirrored_picture_exactly(teacher: MobileNetV2) -> None:

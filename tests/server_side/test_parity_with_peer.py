@@ -122,7 +122,7 @@ def test_average_precision_is_the_peers_aupr_but_for_its_straight_lines(peer: Re
 
 
 def test_pixel_metrics_are_the_peers(peer: Recorded) -> None:
-    counter = PixelCounter(0.0, 1.0)
+    counter = PixelCounter()
     for anomaly_map, mask in zip(peer["metric_maps"], peer["metric_masks"], strict=True):
         counter.add(anomaly_map, mask)
     found = counter.result()
