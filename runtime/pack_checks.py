@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any, NoReturn
 
 import msgspec
@@ -87,10 +88,12 @@ def calibration_text(calibration: Calibration) -> str:
         value = getattr(calibration, field.name)
         if value == field.default:
             continue
-        try:
-            number: float | int = int(value) if field.type is int else float(value) + 0.0
-        except (TypeError, ValueError, OverflowError):
+        if not isinstance(value, Real):
             _refuse(f"a number as {field.name} of the calibration", repr(value)[:200])
+        try:
+            number = int(value) if field.type is int else float(value) + 0.0
+        except (ValueError, OverflowError):
+            _refuse(f"a finite {field.name} of the calibration", str(value)[:200])
         if not math.isfinite(number):
             _refuse(f"a finite {field.name} of the calibration", str(number))
         content[field.name] = number

@@ -22,13 +22,14 @@ from edgead.runtime.knowledge import new_pack
 from edgead.runtime.progress import Progress
 from edgead.runtime.spec import Calibration, DetectorSpec, Preprocessing
 from edgead.server_side.backbones import load_backbone
-from edgead.server_side.banks import BankBuilder
+from edgead.server_side.banks import BankBuilder, greedy_coreset
 from edgead.server_side.calibration import calibrate, statement
 from edgead.server_side.detectors.memory_bank import (
     METHOD,
     MemoryBankHead,
     MemoryBankTrunk,
     memory_bank_ports,
+    nearest_rows,
     patch_grid,
     receptive_sigma,
 )
@@ -39,6 +40,8 @@ HOLD_OUT_FROM = 25
 GOLDEN = 4
 """Golden frames of normal parts; as many again get a painted defect, so both verdicts are tested."""
 FEWEST_ROWS, MOST_ROWS = 2_000, 10_000
+MOST_ANOMALOUS_ROWS = 2_000
+"""Rows of the anomalous bank; more patches than that are represented by their coreset."""
 DEFAULT_PREPROCESSING = Preprocessing(256, 256)
 
 
@@ -79,14 +82,14 @@ def fit_memory_bank(
 ) -> FittedDetector:
     """Fit PatchCore's method on photographs of good parts and write the fitted-detector file.
 
-    Memory: the pool of the coreset (see `BankBuilder`) and the features of the held-out images.
+    Memory: the pool of the coreset (see `BankBuilder`) and the patches of the anomalous pictures.
 
     Args:
         normal: a folder of images, or the images.
         output: the `.detector` file to write.
         options: see `FitOptions`.
-        anomalous: pictures of defects and masks of where they are (None: the whole picture); their patches
-            become the anomalous bank.
+        anomalous: pictures of defects and masks of where they are; the patches there become the anomalous
+            bank. Of a picture without a mask (None) it is the patches that are unlike every held-out normal.
         force: replace an existing file.
 
     Raises:
@@ -111,7 +114,10 @@ def fit_memory_bank(
     bank_paths = [paths[index] for index in sorted(order[held:])] if held else paths
 
     bank, sources = work.bank(bank_paths)
-    defects = work.anomalous_rows(anomalous)
+    known = 0.0
+    if any(mask is None for _, mask in anomalous):
+        known = float(work.held_out(calibration_paths, bank, work.none, None if held else sources)[0].max())
+    defects = work.anomalous_rows(anomalous, bank, known)
     scores, maxima = work.held_out(calibration_paths, bank, defects, None if held else sources)
     calibration = calibrate(scores, maxima, false_alarm_rate=chosen.false_alarm_rate)
     pack = new_pack(
@@ -167,7 +173,7 @@ class _Work:
             knowledge=knowledge,
             outputs=outputs,
         )
-        self._none = np.zeros((0, dimensions), np.float32)
+        self.none = np.zeros((0, dimensions), np.float32)
 
     def embed(self, frame: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Patches of a source frame, float32 [T, P, D]."""
@@ -189,29 +195,35 @@ class _Work:
         order = np.argsort(sources, kind="stable")
         return bank[order], sources[order]
 
-    def anomalous_rows(self, samples: Sequence[tuple[Path, Path | None]]) -> NDArray[np.float32]:
-        """Patches under the masks of anomalous pictures, float32 [M, D]."""
-        found = [self._none]
+    def anomalous_rows(
+        self, samples: Sequence[tuple[Path, Path | None]], bank: NDArray[np.float32], known: float
+    ) -> NDArray[np.float32]:
+        """Patches of defects, float32 [M, D]: those under a mask, or farther than `known` from the bank."""
+        found = [self.none]
         for image_path, mask_path in samples:
             frame = read_image(image_path)
             rows = self.embed(frame)
-            if mask_path is not None:
-                mask = read_image(mask_path)
-                if mask.shape != frame.shape:
-                    raise InputError(
-                        wanted=f"a mask of {frame.shape[1]} x {frame.shape[0]} pixels for {image_path}",
-                        got=f"{mask.shape[1]} x {mask.shape[0]} in {mask_path}",
-                        next_step="Draw the mask on the picture itself.",
-                    )
-                prepared = prepare(mask, self.options.preprocessing)[..., 0].astype(np.float32) / 255.0
-                inside = _patch_share(prepared, self.head.grid) >= 0.5
-                if not inside.any():  # a defect smaller than half a patch: the patch that holds most of it
-                    share = _patch_share(prepared, self.head.grid)
-                    inside = share == share.max()
-                found.append(rows[inside])
+            if mask_path is None:
+                # The rest of such a picture is normal: in this bank it would raise good parts.
+                share = self.distances(rows, bank)
+                inside = share > known
             else:
-                found.append(rows.reshape(-1, self.dimensions))
-        return np.concatenate(found)
+                mask = prepare(_mask(mask_path, image_path, frame), self.options.preprocessing)[..., 0]
+                share = _patch_share(mask.astype(np.float32) / 255.0, self.head.grid)
+                inside = share >= 0.5
+            if not inside.any():  # a defect smaller than half a patch, or one that looks normal
+                inside = share == share.max()
+            found.append(rows[inside])
+        rows = np.concatenate(found)
+        if len(rows) > MOST_ANOMALOUS_ROWS:
+            rows = rows[np.sort(greedy_coreset(rows, MOST_ANOMALOUS_ROWS, seed=self.options.seed))]
+        return rows
+
+    def distances(self, patches: NDArray[np.float32], bank: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Distance of each patch [T, P, D] to its nearest bank row: [T, P]."""
+        with torch.inference_mode():
+            count = torch.tensor([len(bank)], dtype=torch.int32)
+            return np.asarray(nearest_rows(torch.from_numpy(patches), torch.from_numpy(bank), count)[0].numpy())
 
     def held_out(
         self,
@@ -225,7 +237,7 @@ class _Work:
         with Progress("calibrating on held-out images", len(paths)) as progress:
             for place, path in enumerate(progress.track(paths)):
                 rows = bank if sources is None else bank[sources != place]
-                if not len(rows):
+                if len(rows) <= self.options.neighbours:
                     continue
                 score, anomaly_map = self.score(self.embed(read_image(path)), rows, anomalous)
                 scores.append(score)
@@ -288,6 +300,19 @@ class _Work:
                 "python": platform.python_version(),
             },
         }
+
+
+def _mask(path: Path, image: Path, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A mask as uint8 RGB [H, W, 3] of 0 and 255: what is brighter than half of its brightest pixel."""
+    mask = read_image(path)
+    if mask.shape != frame.shape or not mask.any():
+        size = f"{mask.shape[1]} x {mask.shape[0]}" if mask.any() else "a black picture"
+        raise InputError(
+            wanted=f"a mask of {frame.shape[1]} x {frame.shape[0]} pixels for {image}",
+            got=f"{size} in {path}",
+            next_step="Draw the mask on the picture itself.",
+        )
+    return np.where(mask > mask.max() / 2, np.uint8(255), np.uint8(0))
 
 
 def _patch_share(mask: NDArray[np.float32], grid: tuple[int, int]) -> NDArray[np.float32]:
