@@ -4,7 +4,9 @@
 
 The same ResNet-18 (random weights do for time), bank, frames and threads for everybody: the peer's
 OpenVINOInferencer, its exported graph bare in OpenVINO and ONNX Runtime, and edgead's Inspector. The scores are
-compared too, so that nobody is fast by answering something else.
+compared too, so that nobody is fast by answering something else: with 9 neighbours, the peer's default and the
+paper's re-weighting, and with 1, the plain distance, where the peer's graph leaves out the nearest rows that
+edgead still gives. Where the processor has bfloat16, the peer's inferencer chooses it by itself.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from edgead.server_side.detectors.memory_bank import MemoryBankTrunk
 SIZE = 256
 SEED = 7
 ROWS = (1_000, 10_000)
+NEIGHBOURS = (9, 1)
 ENGINES = {"edgead openvino": "openvino", "edgead onnx": "onnx"}
 PEERS = {
     "peer OpenVINOInferencer": ("inferencer", "xml"),
@@ -58,6 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--peer-python", type=Path, required=True, help="has anomalib[openvino]")
     parser.add_argument("--work", type=Path, default=Path("build/benchmarks"), help="keeps what is exported")
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
+    parser.add_argument("--neighbours", type=int, nargs="+", default=list(NEIGHBOURS))
     parser.add_argument("--rounds", type=int, default=8, help="turns of each contender")
     parser.add_argument("--repeats", type=int, default=4, help="timed frames in a turn")
     parser.add_argument("--prepare-only", action="store_true", help="export, measure nothing")
@@ -66,14 +70,18 @@ def main(arguments: list[str] | None = None) -> int:
     work: Path = options.work.absolute() / "speed"
     with PeerProcess(options.peer_python, work) as peer:
         banks, frames = prepared_banks(peer, work, options.rows)
-        bundle = prepared_bundle(work, banks[options.rows[0]], frames)
-        models = {rows: peer_export(peer, work, rows, banks[rows]) for rows in options.rows}
+        cases = []
+        for neighbours in options.neighbours:
+            bundle = prepared_bundle(work, banks[options.rows[0]], frames, neighbours)
+            for rows in options.rows:
+                cases.append((neighbours, bundle, rows, peer_export(peer, work, rows, neighbours)))
         if options.prepare_only:
             return 0
-        figures = [
-            _measure(peer, work, bundle, models[rows], banks[rows], frames, options.rounds, options.repeats)
-            for rows in options.rows
-        ]
+        figures = []
+        for neighbours, bundle, rows, model in cases:
+            note(f"timing {rows} rows, {neighbours} neighbours ...")
+            found = _measure(peer, work, bundle, model, banks[rows], frames, options.rounds, options.repeats)
+            figures.append({"neighbours": neighbours, **found})
     for found in figures:
         _show(found)
     content = {"peer": peer.versions, "peer_import_seconds": peer.import_seconds, "banks": figures}
@@ -101,25 +109,29 @@ def prepared_banks(peer: PeerProcess, work: Path, sizes: list[int]) -> tuple[dic
     return banks, frames
 
 
-def prepared_bundle(work: Path, bank: Rows, frames: Frame) -> Bundle:
+def prepared_bundle(work: Path, bank: Rows, frames: Frame, neighbours: int) -> Bundle:
     """edgead's bundle of the same network, exported anew."""
-    note("edgead exports ...")
+    note(f"edgead exports, {neighbours} neighbours ...")
     backbone = load_backbone("resnet18", weights=work / "resnet18.safetensors")
-    return exported(bank_detector(backbone, bank, frames[:2], threshold=1e9), work / "bundle", ("openvino", "onnx"))
+    detector = bank_detector(
+        backbone, bank, frames[:2], threshold=1e9, neighbours=neighbours if neighbours > 1 else 0
+    )
+    return exported(detector, work / f"bundle-{neighbours}", ("openvino", "onnx"))
 
 
-def peer_export(peer: PeerProcess, work: Path, rows: int, bank: Rows) -> dict[str, Any]:
+def peer_export(peer: PeerProcess, work: Path, rows: int, neighbours: int) -> dict[str, Any]:
     """The peer's export with a bank of so many rows; kept, because it takes as long as it does."""
-    folder = work / f"peer-{rows}"
+    folder = work / f"peer-{rows}-{neighbours}"
     kept = folder / "export.json"
     if not kept.exists():
-        note(f"the peer exports {rows} rows ...")
+        note(f"the peer exports {rows} rows, {neighbours} neighbours ...")
         answer = peer.ask(
             "export",
             weights=work / "resnet18.safetensors",
             bank=work / f"bank-{rows}.npy",
             folder=folder,
             size=SIZE,
+            neighbours=neighbours,
         )
         kept.write_text(json.dumps(answer))
     found: dict[str, Any] = json.loads(kept.read_text())
@@ -136,7 +148,6 @@ def _measure(
     rounds: int,
     repeats: int,
 ) -> dict[str, Any]:
-    note(f"timing {len(bank)} rows ...")
     precisions = {}
     for name, (kind, file) in PEERS.items():
         answer = peer.ask("load", name=name, kind=kind, path=model[file], threads=THREADS)
@@ -188,7 +199,8 @@ def _show(found: dict[str, Any]) -> None:
         parts = found["stages"].get(name)
         detail = "" if parts is None else ", ".join(f"{stage} {parts[stage]:.1f}" for stage in STAGES)
         lines.append([name, value, found["fastest_ms"][name], value / ours, found["score_off"][name], detail])
-    print(f"\n{found['rows']} rows, {SIZE}x{SIZE}, {THREADS} threads, medians of {found['frames']} frames")
+    what = f"{found['rows']} rows, {found['neighbours']} neighbour{'s' * (found['neighbours'] > 1)}"
+    print(f"\n{what}, {SIZE}x{SIZE}, {THREADS} threads, medians of {found['frames']} frames")
     print(table(["", "ms", "fastest", "of edgead's", "score off by", "stages, ms"], lines))
     native = found["precision"]["peer OpenVINOInferencer"]
     print(f"the peer's inferencer chose {native} here; its export: {found['peer_export']['seconds']:.1f} s,")

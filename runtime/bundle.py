@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -214,7 +215,7 @@ def open_bundle(path: str | Path, *, verify: bool = True, limits: Limits = DEFAU
         StorageError: the file system refused.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise BundleError(
             wanted=f"a bundle at {path}",
             got="nothing there",

@@ -10,7 +10,9 @@ import abc
 import contextlib
 import os
 import stat
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
@@ -22,7 +24,7 @@ from edgead.runtime.spec import Limits
 SUFFIX = ".edgead"
 
 _NO_TIME = (1980, 1, 1, 0, 0, 0)
-_END_RECORD = 22
+_END_RECORD, _ZIP64_LOCATOR = 22, 20
 _LARGEST_ENTRY = 46 + 255
 """Bytes of one entry in a zip's table: its fixed part and the longest name that we allow."""
 _LARGEST_ZIP = 2**32 - 2**24
@@ -136,17 +138,19 @@ class ZipStore(Store):
                 with zipfile.ZipFile(stream) as archive:
                     yield archive
             # zipfile answers broken headers with all of these.
-            except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as error:
+            except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, struct.error, zlib.error) as error:
                 refuse("a sound zip structure", f"a damaged one ({error})")
 
     def _check_end(self, stream: BinaryIO) -> None:
         """Look at the last record before the library reads a table of whatever size that claims."""
         size = stream.seek(0, os.SEEK_END)
-        stream.seek(max(size - _END_RECORD, 0))
-        end = stream.read(_END_RECORD)
+        stream.seek(max(size - _END_RECORD - _ZIP64_LOCATOR, 0))
+        before, end = stream.read(_ZIP64_LOCATOR), stream.read(_END_RECORD)
         if len(end) != _END_RECORD or end[:4] != b"PK\5\6" or end[20:] != b"\0\0":
             refuse("its end in place", "a file that is cut off, has something appended, or is no bundle")
-        count, table = int.from_bytes(end[10:12], "little"), int.from_bytes(end[12:16], "little")
+        count, table, start = struct.unpack("<10xHII2x", end)
+        if before[:4] == b"PK\6\7" or start + table + _END_RECORD != size:
+            refuse("one table of contents at its end", "another structure")
         if count > self._limits.bundle_files or table > count * _LARGEST_ENTRY:
             refuse(f"at most {self._limits.bundle_files} files", f"a table of {count} in {table} bytes")
         stream.seek(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from pathlib import Path
 
 import click
@@ -120,8 +121,7 @@ def run(
             again = force or resume
             sinks.append(Overlays(overlays, spec, force=again, unanswered=decision, only_ng=only_ng))
         if as_json:
-            stdout = click.get_binary_stream("stdout")
-            sinks.append(JsonLines(stdout, unanswered=decision, only_ng=only_ng))
+            sinks.append(JsonLines(sys.stdout.buffer, unanswered=decision, only_ng=only_ng))
         else:
             sinks.append(TextLines(_print_line, unanswered=decision, only_ng=only_ng))
         done = file.done if file is not None else set()
@@ -136,7 +136,7 @@ def run(
         )
         total = None if frames.total is None else max(0, min(frames.total - len(done), limit or frames.total))
         # On a terminal the lines themselves are the progress.
-        watch = not click.get_text_stream("stdout").isatty()
+        watch = not sys.stdout.isatty()
         tally = run_stream(stream, sinks, total=total, show_progress=watch, stop=stop)
         text = summary(tally, skipped=len(done), dropped=stream.dropped, engine=inspector.engine)
     click.echo(("" if as_json else "\n") + text, err=as_json)

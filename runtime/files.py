@@ -70,7 +70,7 @@ def refuse_existing(path: Path, force: bool) -> None:
     Raises:
         OutputExistsError: `path` exists and `force` is false.
     """
-    if not force and (path.exists() or path.is_symlink()):
+    if not force and os.path.lexists(path):
         raise OutputExistsError(
             wanted=f"a new output at {path}",
             got="something that is already there",
@@ -112,7 +112,7 @@ def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
 
 def _take_place(work: Path, path: Path) -> None:
     """Rename `work` to `path`; what is there steps aside first and comes back if that fails."""
-    if not path.exists() and not path.is_symlink():
+    if not os.path.lexists(path):
         os.replace(work, path)
     else:
         aside = Path(tempfile.mkdtemp(prefix=_prefix(path), suffix=".old", dir=path.parent))

@@ -91,7 +91,8 @@ def calibration_text(calibration: Calibration) -> str:
         if not isinstance(value, Real):
             _refuse(f"a number as {field.name} of the calibration", repr(value)[:200])
         try:
-            number = int(value) if field.type is int else float(value) + 0.0
+            number = float(value) + 0.0
+            number = int(number) if field.type is int else number
         except (ValueError, OverflowError):
             _refuse(f"a finite {field.name} of the calibration", str(value)[:200])
         if not math.isfinite(number):

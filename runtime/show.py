@@ -156,7 +156,7 @@ def as_text(record: Record) -> str:
         parts.append(_head_text(record))
     if record.get("engines"):
         parts.append("engines\n" + "\n".join(_engine_text(engine) for engine in record["engines"]))
-    packs = record["knowledge"] if "knowledge" in record else [record]
+    packs = record.get("knowledge", [record])
     for pack in packs:
         first = record.get("default") == pack["product"] and len(packs) > 1
         parts.append(f"knowledge: {pack['product']}{' (default)' if first else ''}\n" + _pack_text(pack))

@@ -42,7 +42,7 @@ class Limits(Struct, frozen=True):
     pack_bytes: int = 4 * 2**30
     pack_header_bytes: int = 16 * 2**20
     bank_rows: int = 10_000_000
-    bundle_files: int = 10_000
+    bundle_files: int = 1000
     bundle_bytes: int = 16 * 2**30
 
 

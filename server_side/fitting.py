@@ -116,7 +116,7 @@ def fit_memory_bank(
     bank, sources = work.bank(bank_paths)
     known = 0.0
     if any(mask is None for _, mask in anomalous):
-        known = float(work.held_out(calibration_paths, bank, work.none, None if held else sources)[0].max())
+        known = work.farthest(calibration_paths, bank, None if held else sources)
     defects = work.anomalous_rows(anomalous, bank, known)
     scores, maxima = work.held_out(calibration_paths, bank, defects, None if held else sources)
     calibration = calibrate(scores, maxima, false_alarm_rate=chosen.false_alarm_rate)
@@ -173,7 +173,6 @@ class _Work:
             knowledge=knowledge,
             outputs=outputs,
         )
-        self.none = np.zeros((0, dimensions), np.float32)
 
     def embed(self, frame: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Patches of a source frame, float32 [T, P, D]."""
@@ -199,7 +198,7 @@ class _Work:
         self, samples: Sequence[tuple[Path, Path | None]], bank: NDArray[np.float32], known: float
     ) -> NDArray[np.float32]:
         """Patches of defects, float32 [M, D]: those under a mask, or farther than `known` from the bank."""
-        found = [self.none]
+        found = [np.zeros((0, self.dimensions), np.float32)]
         for image_path, mask_path in samples:
             frame = read_image(image_path)
             rows = self.embed(frame)
@@ -224,6 +223,15 @@ class _Work:
         with torch.inference_mode():
             count = torch.tensor([len(bank)], dtype=torch.int32)
             return np.asarray(nearest_rows(torch.from_numpy(patches), torch.from_numpy(bank), count)[0].numpy())
+
+    def farthest(self, paths: Sequence[Path], bank: NDArray[np.float32], sources: NDArray[np.int64] | None) -> float:
+        """Largest distance of any held-out patch to the bank; with `sources` as for `held_out`."""
+        largest = 0.0
+        for place, path in enumerate(paths):
+            rows = bank if sources is None else bank[sources != place]
+            if len(rows):
+                largest = max(largest, float(self.distances(self.embed(read_image(path)), rows).max()))
+        return largest
 
     def held_out(
         self,

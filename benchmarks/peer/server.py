@@ -35,11 +35,11 @@ class Server:
         write_resnet18(Path(path), seed)
         return {}
 
-    def export(self, weights: str, bank: str, folder: str, size: int) -> dict[str, Any]:
+    def export(self, weights: str, bank: str, folder: str, size: int, neighbours: int) -> dict[str, Any]:
         """The peer's own export to OpenVINO (timed) and to ONNX, with the bank [N, D] of a `.npy` file inside."""
         from peer_model import patchcore
 
-        model = patchcore(Path(weights), np.load(bank))
+        model = patchcore(Path(weights), np.load(bank), neighbours)
         # Batch 1: the default is a batch of 2 for this model, which the peer's inferencer then refuses.
         options = {"input_size": (size, size), "onnx_kwargs": {"dynamic_shapes": None}}
         start = time.perf_counter()

@@ -32,7 +32,7 @@ def test_a_detector_without_a_map_obeys_the_contract(colours: FittedDetector) ->
 
 def test_a_missing_output_is_named(colours: FittedDetector) -> None:
     score, anomaly_map = Port("score", "float32", ("B",)), Port("anomaly_map", "float32", ("B", 16, 16))
-    with pytest.raises(DetectorError, match="2 outputs of the head.*'anomaly_map'"):
+    with pytest.raises(DetectorError, match=r"2 outputs of the head.*'anomaly_map'"):
         check(with_outputs(colours, score, anomaly_map))
 
 
@@ -44,12 +44,12 @@ def test_an_output_of_another_dtype_is_named(colours: FittedDetector) -> None:
 def test_an_output_of_another_shape_is_named(colours: FittedDetector) -> None:
     features = (Port("patches", "float32", ("B", 5, 3)),)
     detector = replace(colours, spec=msgspec.structs.replace(colours.spec, features=features))
-    with pytest.raises(DetectorError, match="output 'patches' of the trunk"):
+    with pytest.raises(DetectorError, match=r"output 'patches' of the trunk"):
         check(detector)
 
 
 def test_a_head_without_a_score_is_refused(colours: FittedDetector) -> None:
-    with pytest.raises(DetectorError, match="output 'score'"):
+    with pytest.raises(DetectorError, match=r"output 'score'"):
         check(with_outputs(colours, Port("distance", "float32", ("B",))))
 
 
@@ -59,19 +59,19 @@ def test_a_batch_that_was_frozen_when_traced_is_found(colours: FittedDetector) -
             return (image.float().mean((1, 2)).unsqueeze(1).expand(-1, 4, -1).contiguous(),)
 
     frozen = torch.export.export(Plain(), (torch.zeros(2, 16, 16, 3, dtype=torch.uint8),), strict=False)
-    with pytest.raises(DetectorError, match="input 'image' of the trunk.*'B' is frozen to 2"):
+    with pytest.raises(DetectorError, match=r"input 'image' of the trunk.*'B' is frozen to 2"):
         check(replace(colours, trunk=frozen))
 
 
 def test_a_row_count_that_is_taken_for_the_batch_is_found(colours: FittedDetector) -> None:
     ports = list(colours.spec.knowledge)
     ports[0] = msgspec.structs.replace(ports[0], shape=("B", 3))
-    with pytest.raises(DetectorError, match="input 'bank.normal' of the head"):
+    with pytest.raises(DetectorError, match=r"input 'bank.normal' of the head"):
         check(replace(colours, spec=msgspec.structs.replace(colours.spec, knowledge=tuple(ports))))
 
 
 def test_an_export_checks_the_contract_before_anything_else(colours: FittedDetector, tmp_path: Path) -> None:
-    with pytest.raises(DetectorError, match="'score'"):
+    with pytest.raises(DetectorError, match=r"'score'"):
         export_bundle(with_outputs(colours, Port("score", "int32", ("B",))), tmp_path / "bundle")
     assert not list(tmp_path.iterdir())
 

@@ -50,7 +50,7 @@ def test_a_half_written_target_is_refused(text: str) -> None:
 
 
 def test_int8_says_that_it_is_not_there_yet() -> None:
-    with pytest.raises(InputError, match="no int8 engines") as caught:
+    with pytest.raises(InputError, match=r"no int8 engines") as caught:
         parse_target("openvino:int8")
     assert "openvino:fp16" in caught.value.next_step
 
@@ -97,7 +97,7 @@ def test_a_score_without_a_map_is_inspected(colours: FittedDetector, tmp_path: P
 def test_an_existing_output_is_kept_unless_forced(colours: FittedDetector, tmp_path: Path) -> None:
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "mine.txt").write_text("precious")
-    with pytest.raises(OutputExistsError, match="--force"):
+    with pytest.raises(OutputExistsError, match=r"--force"):
         export_bundle(colours, tmp_path / "bundle")
     assert (tmp_path / "bundle" / "mine.txt").read_text() == "precious"
     export_bundle(colours, tmp_path / "bundle", force=True)
@@ -105,7 +105,7 @@ def test_an_existing_output_is_kept_unless_forced(colours: FittedDetector, tmp_p
 
 
 def test_a_capacity_below_the_initial_rows_is_refused(colours: FittedDetector, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="at least the 32 initial rows of bank.normal"):
+    with pytest.raises(InputError, match=r"at least the 32 initial rows of bank.normal"):
         export_bundle(colours, tmp_path / "bundle", ["tensorrt"], capacity=31)
     assert not list(tmp_path.iterdir())
 
@@ -127,7 +127,7 @@ def test_a_failed_gate_leaves_nothing_and_keeps_what_was_there(
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "old.txt").write_text("old")
     detector = make_detector(trunk=OutOfRange())
-    with pytest.raises(ParityError, match="'onnx-fp16'.*begins in the trunk"):
+    with pytest.raises(ParityError, match=r"'onnx-fp16'.*begins in the trunk"):
         export_bundle(detector, tmp_path / "bundle", ["onnx", "onnx:fp16"], force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     assert (tmp_path / "bundle" / "old.txt").read_text() == "old"

@@ -28,9 +28,7 @@ def trunk(bank: FittedDetector) -> bytes:
 
 @pytest.fixture(scope="module")
 def half(bank: FittedDetector) -> bytes:
-    model = onnx_from_torch(
-        bank.trunk, (bank.spec.image,), bank.spec.features, part="trunk", precision="fp16"
-    )
+    model = onnx_from_torch(bank.trunk, (bank.spec.image,), bank.spec.features, part="trunk", precision="fp16")
     return model.SerializeToString(deterministic=True)
 
 
@@ -53,9 +51,7 @@ def shape_of(value: onnx.ValueInfoProto) -> list[int | str]:
 def test_inputs_and_outputs_are_named_and_shaped_as_the_ports(bank: FittedDetector, head: bytes) -> None:
     graph = onnx.load_from_string(head).graph
     ports = bank.spec.head_inputs()
-    assert [(value.name, shape_of(value)) for value in graph.input] == [
-        (port.name, list(port.shape)) for port in ports
-    ]
+    assert [(value.name, shape_of(value)) for value in graph.input] == [(port.name, list(port.shape)) for port in ports]
     assert "bank.normal.rows" in [value.name for value in graph.input]
     assert [(value.name, shape_of(value)) for value in graph.output] == [
         (port.name, list(port.shape)) for port in bank.spec.outputs
@@ -136,9 +132,7 @@ def test_sums_that_leave_half_precision_are_kept_in_full(make_detector: Callable
     assert np.allclose(got, 250.0, rtol=2e-3)
 
 
-def test_weights_over_the_limit_lie_beside_the_model(
-    bank: FittedDetector, trunk: bytes, tmp_path: Path
-) -> None:
+def test_weights_over_the_limit_lie_beside_the_model(bank: FittedDetector, trunk: bytes, tmp_path: Path) -> None:
     small = save_onnx(onnx.load_from_string(trunk), tmp_path, "small.onnx")
     large = save_onnx(onnx.load_from_string(trunk), tmp_path, "large.onnx", external_bytes=1000)
     assert small == ["small.onnx"]
@@ -155,7 +149,7 @@ def test_an_operation_that_onnx_lacks_is_named(make_detector: Callable[..., Fitt
             return (torch.linalg.svdvals(patches)[:, 0] + normal.sum() * 0 + rows.sum() * 0,)
 
     detector = make_detector(head=Spectral())
-    with pytest.raises(DetectorError, match="_linalg_svd"):
+    with pytest.raises(DetectorError, match=r"_linalg_svd"):
         onnx_from_torch(detector.head, detector.spec.head_inputs(), detector.spec.outputs, part="head")
 
 

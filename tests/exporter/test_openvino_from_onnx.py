@@ -47,5 +47,5 @@ def test_no_path_of_this_machine_is_left_in_it(trunk: Path, tmp_path: Path) -> N
 
 def test_a_file_that_is_no_model_is_refused_with_what_openvino_said(tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"no model")
-    with pytest.raises(EngineError, match="wanted trunk as an OpenVINO model"):
+    with pytest.raises(EngineError, match=r"wanted trunk as an OpenVINO model"):
         openvino_from_onnx(tmp_path / "broken.onnx", tmp_path, "trunk", precision="fp32")

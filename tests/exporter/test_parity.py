@@ -66,13 +66,11 @@ def test_a_score_that_is_off_is_found_without_a_map(colours: FittedDetector, tmp
     bundle = export_bundle(colours, tmp_path / "bundle")
     reference = reference_of(colours)
     off = replace(reference, outputs={"score": reference.scores + np.float32(0.01)})
-    with open_engine(bundle) as engine, pytest.raises(ParityError, match="the score of 'onnx-fp32'"):
+    with open_engine(bundle) as engine, pytest.raises(ParityError, match=r"the score of 'onnx-fp32'"):
         check_parity(engine, colours, off, FULL)
 
 
-def test_a_difference_that_begins_in_the_trunk_is_laid_at_its_door(
-    bank: FittedDetector, engine: Engine
-) -> None:
+def test_a_difference_that_begins_in_the_trunk_is_laid_at_its_door(bank: FittedDetector, engine: Engine) -> None:
     class Brighter(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
             super().__init__()
@@ -84,16 +82,14 @@ def test_a_difference_that_begins_in_the_trunk_is_laid_at_its_door(
     image = torch.from_numpy(bank.golden[:1].copy())
     trunk = torch.export.export(Brighter(bank.trunk.module()), (image,), strict=False)
     changed = replace(bank, trunk=trunk)
-    with pytest.raises(ParityError, match="It begins in the trunk .*patches"):
+    with pytest.raises(ParityError, match=r"It begins in the trunk .*patches"):
         check_parity(engine, changed, reference_of(changed), FULL)
 
 
-def test_a_difference_that_begins_in_the_head_is_laid_at_its_door(
-    bank: FittedDetector, engine: Engine
-) -> None:
+def test_a_difference_that_begins_in_the_head_is_laid_at_its_door(bank: FittedDetector, engine: Engine) -> None:
     reference = reference_of(bank)
     outputs = {**reference.outputs, "score": reference.scores * np.float32(1.05)}
-    with pytest.raises(ParityError, match="It begins in the head"):
+    with pytest.raises(ParityError, match=r"It begins in the head"):
         check_parity(engine, bank, replace(reference, outputs=outputs), FULL)
 
 
@@ -107,13 +103,11 @@ def test_a_changed_decision_fails_within_a_generous_tolerance(bank: FittedDetect
         outputs={**reference.outputs, "score": shifted},
         anomalous=shifted > detector.pack.calibration.threshold,
     )
-    with pytest.raises(ParityError, match="the decision of 'onnx-fp32' on golden/000.png"):
+    with pytest.raises(ParityError, match=r"the decision of 'onnx-fp32' on golden/000.png"):
         check_parity(engine, detector, off, Tolerance(score=0.2, map=0.2))
 
 
-def test_a_score_right_at_the_threshold_may_fall_to_either_side(
-    bank: FittedDetector, engine: Engine
-) -> None:
+def test_a_score_right_at_the_threshold_may_fall_to_either_side(bank: FittedDetector, engine: Engine) -> None:
     # A threshold is often the score of a held-out photograph, and that may be a golden one.
     reference = reference_of(bank)
     detector = with_threshold(bank, float(reference.scores[0]))
@@ -130,7 +124,7 @@ def test_a_detector_that_answers_nan_in_torch_is_refused(make_detector: Callable
         def forward(self, patches: Tensor, normal: Tensor, rows: Tensor) -> tuple[Tensor]:
             return ((-patches.square().sum((1, 2)) - 1).sqrt() + 0 * normal.sum() + 0 * rows.sum(),)
 
-    with pytest.raises(DetectorError, match="finite numbers in 'score'"):
+    with pytest.raises(DetectorError, match=r"finite numbers in 'score'"):
         reference_of(make_detector(head=Undefined()))
 
 
@@ -139,9 +133,7 @@ def test_an_engine_that_answers_nan_never_passes(bank: FittedDetector, engine: E
     reference = reference_of(bank)
     rows = bank.pack.arrays["bank.normal"][:1] * 1.01
     arrays |= {"bank.anomalous": rows, "bank.anomalous.ids": np.array([2**40], np.uint64)}
-    broken = replace(
-        bank, pack=Pack(bank.pack.product, bank.pack.fingerprint, bank.pack.calibration, arrays)
-    )
+    broken = replace(bank, pack=Pack(bank.pack.product, bank.pack.fingerprint, bank.pack.calibration, arrays))
     with pytest.raises(ParityError):
         check_parity(engine, broken, reference, Tolerance(score=1e9, map=1e9))
 
