@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from onnx import ModelProto
 
 from edgead.detector_file import FittedDetector, read_detector
 from edgead.exporter.card import model_card
 from edgead.exporter.contract import check_contract
+from edgead.exporter.onnx_float16 import to_float16
 from edgead.exporter.onnx_from_torch import onnx_from_torch, save_onnx
 from edgead.exporter.openvino_from_onnx import openvino_from_onnx, openvino_version
 from edgead.exporter.parity import TOLERANCE, Comparison, Reference, check_parity, reference_of, rounded
@@ -66,6 +68,10 @@ def export_bundle(
     fitted = detector if isinstance(detector, FittedDetector) else read_detector(Path(detector))
     check_contract(fitted.spec, fitted.trunk, fitted.head)
     capabilities = _flat(compute_capabilities)
+    if capabilities and any(target.name == "tensorrt" for target in wanted):
+        from edgead.runtime.engines.tensorrt_build import check_capabilities, load_backend
+
+        check_capabilities(load_backend("tensorrt_rtx"), capabilities)
     capacities = _capacities(fitted, capacity)
     reference = reference_of(fitted)
     with tempfile.TemporaryDirectory(prefix="edgead-export-") as scratch:
@@ -121,7 +127,8 @@ class _Builder:
         self.capacities = capacities
         self.compute_capabilities = compute_capabilities
         self.records: list[EngineRecord] = []
-        self._models: dict[tuple[str, Precision], Path] = {}
+        self._models: dict[str, ModelProto] = {}
+        self._paths: dict[tuple[str, Precision], Path] = {}
 
     def build(self, target: Target) -> None:
         folder = self.folder / "engines" / target.engine
@@ -215,19 +222,25 @@ class _Builder:
         """The ONNX file of trunk or head, made once. Heads are float32 at every precision: distances
         are small differences of large numbers."""
         precision = "fp32" if part == "head" else precision
-        if (part, precision) not in self._models:
-            spec = self.detector.spec
-            program, inputs, outputs = (
-                (self.detector.trunk, (spec.image,), spec.features)
-                if part == "trunk"
-                else (self.detector.head, spec.head_inputs(), spec.outputs)
-            )
-            model = onnx_from_torch(program, inputs, outputs, part=part, precision=precision)
+        if (part, precision) not in self._paths:
+            model = ModelProto()
+            model.CopyFrom(self._model(part))
             folder = self.scratch / f"{part}-{precision}"
             folder.mkdir()
-            save_onnx(model, folder, f"{part}.onnx")
-            self._models[part, precision] = folder / f"{part}.onnx"
-        return self._models[part, precision]
+            save_onnx(to_float16(model) if precision == "fp16" else model, folder, f"{part}.onnx")
+            self._paths[part, precision] = folder / f"{part}.onnx"
+        return self._paths[part, precision]
+
+    def _model(self, part: str) -> ModelProto:
+        """Trunk or head as float32 ONNX, converted once: torch's exporter is the slow step."""
+        if part not in self._models:
+            spec = self.detector.spec
+            if part == "trunk":
+                made = onnx_from_torch(self.detector.trunk, (spec.image,), spec.features, part=part)
+            else:
+                made = onnx_from_torch(self.detector.head, spec.head_inputs(), spec.outputs, part=part)
+            self._models[part] = made
+        return self._models[part]
 
     def _add(self, target: Target, suffix: str, made_with: str, **more: Any) -> None:
         place = f"engines/{target.engine}"

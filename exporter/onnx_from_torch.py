@@ -76,17 +76,16 @@ def onnx_from_torch(
                 next_step="Replace that operation in the module; --debug shows where it is.",
             ) from error
         _check_domains(model, part)
-        if precision == "fp16":
-            model = to_float16(model)
-    _clean(model, inputs, outputs)
-    return model
+        _clean(model, inputs, outputs)
+        return to_float16(model) if precision == "fp16" else model
 
 
 def save_onnx(model: ModelProto, folder: Path, name: str, *, external_bytes: int = EXTERNAL_BYTES) -> list[str]:
     """Check a model and write it into `folder`.
 
     Args:
-        model: what to write; its weights are moved out of it if they go beside it.
+        model: what to write; what it notes of values in between is dropped, and its weights are moved out of
+            it if they go beside it.
         folder: an existing folder.
         name: the file's name, such as 'trunk.onnx'.
         external_bytes: weights of more than this in all go to `<name>.data`.
@@ -95,6 +94,8 @@ def save_onnx(model: ModelProto, folder: Path, name: str, *, external_bytes: int
         the names of the files written.
     """
     path = folder / name
+    # Every engine infers types in between for itself.
+    del model.graph.value_info[:]
     if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > external_bytes:
         onnx.save_model(
             model,
@@ -140,9 +141,10 @@ def _clean(model: ModelProto, inputs: tuple[Port, ...], outputs: tuple[Port, ...
 def _strip(graph: GraphProto) -> None:
     graph.doc_string = ""
     del graph.metadata_props[:]
-    # Shapes in between are inferred by every engine; torch's symbols for them are not stable.
-    del graph.value_info[:]
-    for values in (graph.input, graph.output, graph.initializer, graph.node):
+    # Types in between are needed for a conversion to float16; torch's symbols for shapes are not stable.
+    for value in graph.value_info:
+        value.type.tensor_type.ClearField("shape")
+    for values in (graph.input, graph.output, graph.value_info, graph.initializer, graph.node):
         for value in values:
             value.doc_string = ""
             del value.metadata_props[:]

@@ -151,7 +151,7 @@ def check_operators(graph: GraphProto, part: str) -> None:
             name = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
             raise DetectorError(
                 wanted=f"a {part} of operators that TensorRT 10.3 supports",
-                got=f"{name} (node '{node.name}')",
+                got=f"{name} (node '{node.name}', which gives '{', '.join(node.output)}')",
                 next_step="Write that step of the module with other operations, or take another target.",
             )
         for attribute in node.attribute:

@@ -18,7 +18,7 @@ from edgead.detector_file import FittedDetector, detector_spec, read_detector, w
 from edgead.runtime.errors import InputError
 from edgead.runtime.files import refuse_existing
 from edgead.runtime.image import list_images, prepare, read_image, tile_count
-from edgead.runtime.knowledge import new_pack
+from edgead.runtime.knowledge import Pack, new_pack
 from edgead.runtime.progress import Progress
 from edgead.runtime.spec import Calibration, DetectorSpec, Preprocessing
 from edgead.server_side.backbones import load_backbone
@@ -72,6 +72,18 @@ class FitOptions:
     seed: int = 0
 
 
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """A detector that was fitted and not yet written: what `write_detector` takes."""
+
+    trunk: MemoryBankTrunk
+    head: MemoryBankHead
+    spec: DetectorSpec
+    pack: Pack
+    golden: NDArray[np.uint8]
+    card: dict[str, Any]
+
+
 def fit_memory_bank(
     normal: Path | Sequence[Path],
     output: Path,
@@ -82,24 +94,53 @@ def fit_memory_bank(
 ) -> FittedDetector:
     """Fit PatchCore's method on photographs of good parts and write the fitted-detector file.
 
+    Args:
+        normal, options, anomalous: see `learn_memory_bank`.
+        output: the `.detector` file to write.
+        force: replace an existing file.
+
+    Raises:
+        OutputExistsError: the output exists and `force` is false.
+        StorageError: the file system refused.
+        EdgeadError: see `learn_memory_bank`.
+    """
+    refuse_existing(output, force)
+    learned = learn_memory_bank(normal, options, anomalous=anomalous)
+    write_detector(
+        output,
+        trunk=learned.trunk,
+        head=learned.head,
+        spec=learned.spec,
+        pack=learned.pack,
+        golden=learned.golden,
+        card=learned.card,
+        force=force,
+    )
+    return read_detector(output)
+
+
+def learn_memory_bank(
+    normal: Path | Sequence[Path],
+    options: FitOptions | None = None,
+    *,
+    anomalous: Sequence[tuple[Path, Path | None]] = (),
+) -> Learned:
+    """Fit PatchCore's method on photographs of good parts.
+
     Memory: the pool of the coreset (see `BankBuilder`) and the patches of the anomalous pictures.
 
     Args:
         normal: a folder of images, or the images.
-        output: the `.detector` file to write.
         options: see `FitOptions`.
         anomalous: pictures of defects and masks of where they are; the patches there become the anomalous
             bank. Of a picture without a mask (None) it is the patches that are unlike every held-out normal.
-        force: replace an existing file.
 
     Raises:
-        InputError: fewer than 2 images, or the output exists.
+        InputError: fewer than 2 images, or a mask that does not fit its picture.
         ImageError: a file is no picture, or the region of interest is not inside it.
         BackboneError: unknown backbone or weights.
-        StorageError: the file system refused.
     """
     chosen = options if options is not None else FitOptions()
-    refuse_existing(output, force)
     paths = list_images(normal) if isinstance(normal, Path) else list(normal)
     if len(paths) < 2:
         raise InputError(
@@ -114,11 +155,12 @@ def fit_memory_bank(
     bank_paths = [paths[index] for index in sorted(order[held:])] if held else paths
 
     bank, sources = work.bank(bank_paths)
+    left_out = None if held else sources
     known = 0.0
     if any(mask is None for _, mask in anomalous):
-        known = work.farthest(calibration_paths, bank, None if held else sources)
+        known = work.farthest(calibration_paths, bank, left_out)
     defects = work.anomalous_rows(anomalous, bank, known)
-    scores, maxima = work.held_out(calibration_paths, bank, defects, None if held else sources)
+    scores, maxima = work.held_out(calibration_paths, bank, defects, left_out)
     calibration = calibrate(scores, maxima, false_alarm_rate=chosen.false_alarm_rate)
     pack = new_pack(
         product=chosen.product,
@@ -132,17 +174,7 @@ def fit_memory_bank(
     )
     golden = work.golden(calibration_paths)
     card = work.card(paths, bank, defects, calibration, held)
-    write_detector(
-        output,
-        trunk=work.trunk,
-        head=work.head,
-        spec=work.spec,
-        pack=pack,
-        golden=golden,
-        card=card,
-        force=force,
-    )
-    return read_detector(output)
+    return Learned(work.trunk, work.head, work.spec, pack, golden, card)
 
 
 class _Work:

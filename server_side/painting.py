@@ -130,9 +130,7 @@ def _check(
             next_step="Read it with edgead.runtime.image.read_image.",
         )
     if kind not in _PAINTERS:
-        raise InputError(
-            wanted=f"a defect: {', '.join(_PAINTERS)}", got=repr(kind), next_step="Name one of these."
-        )
+        raise InputError(wanted=f"a defect: {', '.join(_PAINTERS)}", got=repr(kind), next_step="Name one of these.")
     ranges = [("size", size, 0.01, 1.0), ("contrast", contrast, 0.02, 1.0)]
     ranges += [(f"place {axis}", share, 0.0, 1.0) for axis, share in zip("xy", place or (), strict=False)]
     ranges += [(f"colour {name}", level, 0, 255) for name, level in zip("RGB", colour or (), strict=False)]
@@ -140,9 +138,7 @@ def _check(
         if not low <= value <= high:
             raise InputError(wanted=f"{name} from {low} to {high}", got=str(value))
     if within is not None and (within.shape != image.shape[:2] or within.dtype != np.bool_):
-        raise InputError(
-            wanted=f"`within` as bool {list(image.shape[:2])}", got=f"{within.dtype} {list(within.shape)}"
-        )
+        raise InputError(wanted=f"`within` as bool {list(image.shape[:2])}", got=f"{within.dtype} {list(within.shape)}")
     if within is not None and not within.any():
         raise InputError(wanted="`within` with at least one allowed pixel", got="none")
 
@@ -349,9 +345,7 @@ def _hole(scene: Field, canvas: _Canvas) -> tuple[Field, Field]:
     colour = canvas.colour if canvas.colour is not None else tone * np.float32(0.10)
     depth = np.clip(inside / (0.25 * canvas.extent), 0.0, 1.0)
     painted = scene * (1.0 + 0.45 * canvas.contrast * edge * facing * (1 - body))[..., None]
-    floor = (
-        colour * (1.35 - 0.35 * depth)[..., None] + 0.15 * tone * (edge * np.clip(-facing, 0, 1))[..., None]
-    )
+    floor = colour * (1.35 - 0.35 * depth)[..., None] + 0.15 * tone * (edge * np.clip(-facing, 0, 1))[..., None]
     share = (body * canvas.contrast)[..., None]
     painted = painted * (1 - share) + floor * share
     return np.asarray(painted, np.float32), np.maximum(body, 0.5 * edge * np.abs(facing)).astype(np.float32)

@@ -38,9 +38,7 @@ class PaintedPart:
     pattern: NDArray[np.bool_]
 
 
-def paint_part(
-    material: str, *, rng: np.random.Generator, size: int = 320, new_pattern: bool = False
-) -> PaintedPart:
+def paint_part(material: str, *, rng: np.random.Generator, size: int = 320, new_pattern: bool = False) -> PaintedPart:
     """Paint one normal part.
 
     Args:
@@ -144,9 +142,7 @@ def _flange(rng: np.random.Generator, size: int, new_pattern: bool) -> PaintedPa
     face = _bevelled(face, bore, bevel, 0.46 - 0.36 * towards)
     face = _bevelled(face, bolts, bevel, 0.46 - 0.38 * bolt_light)
     inside = np.minimum(bore, bolts)
-    wall = 0.05 + 0.14 * np.clip(np.where(bore < bolts, towards, bolt_light), 0, 1) * np.exp(
-        inside / (0.02 * size)
-    )
+    wall = 0.05 + 0.14 * np.clip(np.where(bore < bolts, towards, bolt_light), 0, 1) * np.exp(inside / (0.02 * size))
     surface = np.minimum(np.minimum(outer, bore), bolts)
     pattern = np.zeros((size, size), np.float32)
     if new_pattern:
@@ -194,10 +190,7 @@ def _bevelled(face: Field, inwards: Field, width: np.float32, tone: Field) -> Fi
 
 def _belt(rng: np.random.Generator, size: int, x: Field, y: Field) -> Field:
     """The dark rubber belt under the part, with the part's soft shadow. [S, S, 3]."""
-    weave = (
-        smooth_noise(rng, (size, size), (2.2, 2.2)) * 0.008
-        + smooth_noise(rng, (size, size), (90, 90)) * 0.005
-    )
+    weave = smooth_noise(rng, (size, size), (2.2, 2.2)) * 0.008 + smooth_noise(rng, (size, size), (90, 90)) * 0.005
     shadow_x, shadow_y = x - 0.022 * size, y - 0.03 * size
     shadow = np.clip((_OUTER * size - np.hypot(shadow_x, shadow_y)) / (0.05 * size) + 0.8, 0.0, 1.0)
     tone = (0.19 + weave) * (1.0 - 0.65 * shadow)
@@ -250,7 +243,7 @@ def _engraving(rng: np.random.Generator, size: int, along: Field, beside: Field)
 
 # --- woven fabric -------------------------------------------------------------------------------------------
 
-_YARNS = 36
+_YARNS = 32
 """Yarns across the picture, in each direction."""
 _WARP = np.array([0.235, 0.33, 0.415], np.float32)
 _WEFT = np.array([0.60, 0.585, 0.53], np.float32)
@@ -267,8 +260,8 @@ def _fabric(rng: np.random.Generator, size: int, new_pattern: bool) -> PaintedPa
     u, v = u + 8.0, v + 8.0  # no negative yarn numbers at the border
     yarns = _YARNS + 32
     # A yarn wanders a little to both sides and has a thickness and a dye of its own.
-    u = u + 0.10 * _along_yarn(rng, u, v, yarns)
-    v = v + 0.10 * _along_yarn(rng, v, u, yarns)
+    u = u + 0.05 * _along_yarn(rng, u, v, yarns)
+    v = v + 0.05 * _along_yarn(rng, v, u, yarns)
     warp, weft = np.floor(u).astype(np.int32), np.floor(v).astype(np.int32)
     warp_top = ((warp + weft) % 4) < 2  # a two-by-two twill: its diagonal is what the eye sees
 
@@ -302,9 +295,7 @@ def _along_yarn(rng: np.random.Generator, across: Field, along: Field, yarns: in
     table = rng.standard_normal((yarns, yarns // 3)).astype(np.float32)
     steps = (along / 3.0).astype(np.float32)
     return np.asarray(
-        cv2.remap(
-            table, steps, np.floor(across).astype(np.float32), cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP
-        ),
+        cv2.remap(table, steps, np.floor(across).astype(np.float32), cv2.INTER_LINEAR, borderMode=cv2.BORDER_WRAP),
         dtype=np.float32,
     )
 

@@ -31,9 +31,7 @@ import click
 )
 @click.option("--backbone", default="embedded", show_default=True, help="Feature network; see edgead fit.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON; the log goes to stderr.")
-def demo(
-    output: Path, force: bool, seed: int, images: int, size: int, backbone: str, as_json: bool
-) -> None:
+def demo(output: Path, force: bool, seed: int, images: int, size: int, backbone: str, as_json: bool) -> None:
     """See everything in about two minutes: paint, fit, export, inspect, teach a running inspector.
 
     Paints parts of two materials with four kinds of defects, learns them from good parts alone, compiles

@@ -19,6 +19,8 @@ BATCH = "flange"
 _JPEG_QUALITY = 93
 _EXTENT = {"scratch": (0.16, 0.45), "dent": (0.08, 0.16), "stain": (0.09, 0.20), "thread": (0.18, 0.45)}
 """Smallest and largest size of a defect, as shares of the picture's side."""
+_FAINTEST = {"flange": 0.28, "fabric": 0.40}
+"""Contrast of the hardest defect of each kind: a coloured weave hides more than turned steel."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,18 @@ class DataOptions:
 
     @property
     def batch_images(self) -> int:
-        """Pictures of the new batch to teach; as many again to try, and as many with defects."""
+        """Good pictures of the new batch to try, and as many with defects."""
         return max(4, self.images // 5)
+
+    @property
+    def taught_images(self) -> int:
+        """Good pictures of the new batch to teach; a third of them only calibrates."""
+        return max(6, 2 * self.images // 5)
+
+    @property
+    def calibration_images(self) -> int:
+        """Good parts as ever that only calibrate."""
+        return max(4, self.images // 3)
 
 
 def paint_data(folder: Path, options: DataOptions) -> None:
@@ -60,20 +72,21 @@ def paint_data(folder: Path, options: DataOptions) -> None:
     """
     batch = options.batch_images
     per_product = options.images + options.test_images + len(KINDS) * options.per_kind
-    with Progress("painting", len(PRODUCTS) * per_product + 4 * batch) as progress:
+    taught = options.calibration_images + options.taught_images + 2 * batch
+    with Progress("painting", len(PRODUCTS) * per_product + taught) as progress:
         for product in PRODUCTS:
             rng = _rng(options, product)
             _paint_good(folder / product / "train" / "good", product, options.images, rng, options, progress)
             _paint_good(folder / product / "test" / "good", product, options.test_images, rng, options, progress)
             if product == BATCH:
                 place = folder / product / "calibration" / "good"
-                _paint_good(place, product, options.batch_images, rng, options, progress)
+                _paint_good(place, product, options.calibration_images, rng, options, progress)
             for kind in KINDS:
                 _paint_defects(folder / product, product, kind, options.per_kind, rng, options, progress)
         rng = _rng(options, f"{BATCH}-new-batch")
         place = folder / f"{BATCH}-new-batch"
-        for part in ("train", "test"):
-            _paint_good(place / part / "good", BATCH, batch, rng, options, progress, new_pattern=True)
+        for part, count in (("train", options.taught_images), ("test", batch)):
+            _paint_good(place / part / "good", BATCH, count, rng, options, progress, new_pattern=True)
         for start, kind in enumerate(KINDS):
             count = len(range(start, batch, len(KINDS)))
             _paint_defects(place, BATCH, kind, count, rng, options, progress, new_pattern=True)
@@ -117,7 +130,7 @@ def _paint_defects(
             part.image,
             kind,
             size=float(rng.uniform(low, high)),
-            contrast=0.28 + 0.67 * plain,
+            contrast=_FAINTEST[product] + (0.97 - _FAINTEST[product]) * plain,
             rng=rng,
             within=part.surface & ~part.pattern,
         )

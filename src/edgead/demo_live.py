@@ -23,8 +23,13 @@ from edgead.runtime.tensors import encode_tensors
 from edgead.server_side.enrolment import BANK, add_normal_rows
 
 Frame = NDArray[np.uint8]
-KINDS = ("good", "new pattern", "defect")
-"""What the frames of the line show: parts as ever, good parts of the new batch, defects of the new batch."""
+KINDS = {
+    "good": "good parts, as ever",
+    "defect": "real defects, as ever",
+    "new good": "good parts with the new code",
+    "new defect": "real defects beside the new code",
+}
+"""What the frames of the line show, and how the report says it."""
 SAME = 1e-3
 """Two engine runs on one frame agree to this share of the threshold."""
 
@@ -35,7 +40,7 @@ class Shown:
 
     Attributes:
         frame: uint8 RGB [H, W, 3].
-        kind: one of `KINDS`.
+        kind: a key of `KINDS`.
     """
 
     frame: Frame
@@ -135,9 +140,7 @@ def teach_while_running(
         _wait_for(answers, seconds, len(shown))
         began = time.perf_counter()
         patches = np.concatenate([rows.reshape(-1, rows.shape[-1]) for rows in _patches(server, teach)])
-        done = add_normal_rows(
-            old, patches, lambda pack: _scores(server, pack, hold_out), first_id=_next_id(old)
-        )
+        done = add_normal_rows(old, patches, lambda pack: _scores(server, pack, hold_out), first_id=_next_id(old))
         data = encode_pack(done.pack)
         learned = time.perf_counter()
         pack = decode_pack(data)
@@ -242,9 +245,7 @@ def _added(old: Pack, new: Pack) -> bytes:
     )
 
 
-def _mixed(
-    server: Inspector, shown: Sequence[Shown], seen: Sequence[Seen], old: Pack, new: Pack
-) -> int:
+def _mixed(server: Inspector, shown: Sequence[Shown], seen: Sequence[Seen], old: Pack, new: Pack) -> int:
     """Frames that are neither wholly of the old nor wholly of the new knowledge."""
     expected: dict[tuple[str, int], float] = {}
     for pack in (old, new):

@@ -2,62 +2,68 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from edgead.demo_live import LiveUpdate
+from edgead.demo_live import KINDS, LiveUpdate
 from edgead.runtime.inspection import Verdict
 from edgead.server_side.html import ACCENT, BAD, GOOD, INK, LINE, QUIET
 
-COLOURS = {"good": GOOD, "new pattern": ACCENT, "defect": BAD}
+COLOURS = {"good": GOOD, "defect": "#8a2be2", "new good": ACCENT, "new defect": BAD}
 _MOST_DOTS = 900
+_LOWEST, _HIGHEST = 0.5, 5.0
+"""Scores in multiples of the threshold between which the time line is drawn; logarithmic."""
 
 
 def svg_timeline(live: LiveUpdate) -> str:
-    """Every frame of the line over time by its normalised score; the update as a line across.
-
-    The scale puts the threshold in force at one half, so scores of before and after share one chart.
-    """
-    left, top, width, height = 58, 34, 900, 250
+    """Every frame of the line over time by its score in multiples of the threshold that was in force."""
+    left, top, width, height = 66, 40, 900, 300
     end = max((seen.ended for seen in live.seen), default=1.0)
 
     def x(seconds: float) -> float:
         return left + width * seconds / end
 
-    def y(normalised: float) -> float:
-        return top + height * (1.0 - normalised)
+    def y(multiple: float) -> float:
+        inside = min(max(multiple, _LOWEST), _HIGHEST)
+        return top + height * (1.0 - math.log(inside / _LOWEST) / math.log(_HIGHEST / _LOWEST))
 
-    at = x(live.swap_ended)
+    at, limit = x(live.swap_ended), y(1.0)
     parts = [
         f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="#fbfcfd" stroke="{LINE}"/>',
-        f'<rect x="{left}" y="{top}" width="{width}" height="{height / 2}" fill="{BAD}" opacity=".05"/>',
-        f'<rect x="{left}" y="{y(0.5)}" width="{width}" height="{height / 2}" fill="{GOOD}" opacity=".05"/>',
-        f'<line x1="{left}" x2="{left + width}" y1="{y(0.5)}" y2="{y(0.5)}" stroke="{INK}" stroke-dasharray="4 3"/>',
-        _text(left - 8, y(0.75) + 4, "NG", "end", BAD, 13, bold=True),
-        _text(left - 8, y(0.25) + 4, "OK", "end", GOOD, 13, bold=True),
-        _text(left - 8, y(0.5) + 4, "threshold", "end", QUIET, 10),
+        f'<rect x="{left}" y="{top}" width="{width}" height="{limit - top:.1f}" fill="{BAD}" opacity=".05"/>',
+        f'<rect x="{left}" y="{limit:.1f}" width="{width}" height="{top + height - limit:.1f}" fill="{GOOD}" '
+        'opacity=".05"/>',
+        f'<line x1="{left}" x2="{left + width}" y1="{limit:.1f}" y2="{limit:.1f}" stroke="{INK}" '
+        'stroke-dasharray="4 3"/>',
+        _text(left - 8, (top + limit) / 2, "NG", "end", BAD, 15, bold=True),
+        _text(left - 8, (limit + top + height) / 2 + 8, "OK", "end", GOOD, 15, bold=True),
+        _text(left - 8, limit + 4, "threshold", "end", QUIET, 11),
     ]
+    for multiple in (2.0, 4.0):
+        parts.append(_text(left - 8, y(multiple) + 4, f"{multiple:g} x", "end", QUIET, 11))
     step = max(1, len(live.seen) // _MOST_DOTS)
     for seen in live.seen[::step]:
-        score = seen.inspection.normalised
-        if score is not None:
+        score = seen.inspection.score
+        if score is not None and seen.inspection.threshold > 0:
             colour = COLOURS[live.shown[seen.place].kind]
-            parts.append(f'<circle cx="{x(seen.ended):.1f}" cy="{y(score):.1f}" r="3" fill="{colour}" opacity=".75"/>')
+            place = y(score / seen.inspection.threshold)
+            parts.append(f'<circle cx="{x(seen.ended):.1f}" cy="{place:.1f}" r="3.4" fill="{colour}" opacity=".7"/>')
     learning = x(live.swap_began - live.learn_seconds)
     parts += [
-        f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{top - 6}" y2="{top + height}" stroke="{ACCENT}" stroke-width="2"/>',
-        _text(at + 5, top - 10, "new knowledge", "start", ACCENT, 12, bold=True),
-        f'<line x1="{learning:.1f}" x2="{at - 4:.1f}" y1="{top - 12}" y2="{top - 12}" stroke="{ACCENT}" opacity=".5"/>',
-        _text(learning - 5, top - 9, "learning", "end", QUIET, 12),
+        f'<rect x="{learning:.1f}" y="{top}" width="{max(at - learning, 1):.1f}" height="{height}" fill="{ACCENT}" '
+        'opacity=".07"/>',
+        f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{top - 8}" y2="{top + height}" stroke="{ACCENT}" stroke-width="2"/>',
+        _text(at + 6, top - 10, "new knowledge", "start", ACCENT, 14, bold=True),
+        _text(at - 6, top - 10, "the server learns", "end", QUIET, 13),
     ]
     for second in range(int(end) + 1):
-        parts.append(_text(x(second), top + height + 16, f"{second} s", "middle"))
-    for place, (kind, colour) in enumerate(COLOURS.items()):
-        label = {"good": "good part, as ever", "new pattern": "good part with the new code"}.get(kind, "real defect")
-        across = left + 8 + 230 * place
-        parts.append(f'<circle cx="{across}" cy="{top + height + 36}" r="5" fill="{colour}"/>')
-        parts.append(_text(across + 11, top + height + 40, label, "start", INK, 12))
-    return svg(left + width + 12, top + height + 52, parts, "Scores of all frames before and after the update")
+        parts.append(_text(x(second), top + height + 18, f"{second} s", "middle", QUIET, 12))
+    for place_, (kind, colour) in enumerate(COLOURS.items()):
+        across = left + 8 + 226 * place_
+        parts.append(f'<circle cx="{across}" cy="{top + height + 42}" r="5.5" fill="{colour}"/>')
+        parts.append(_text(across + 12, top + height + 47, KINDS[kind], "start", INK, 13))
+    return svg(left + width + 14, top + height + 60, parts, "Scores of all frames before and after the update")
 
 
 def svg_bars(values: Mapping[str, Sequence[tuple[str, float]]], unit: str, title: str) -> str:
@@ -91,9 +97,7 @@ def verdict_word(verdict: Verdict) -> str:
     return f'<span class="{"ok" if verdict is Verdict.OK else "ng"}">{verdict.value.replace("_", " ")}</span>'
 
 
-def _text(
-    x: float, y: float, text: str, anchor: str, colour: str = QUIET, size: int = 11, bold: bool = False
-) -> str:
+def _text(x: float, y: float, text: str, anchor: str, colour: str = QUIET, size: int = 11, bold: bool = False) -> str:
     weight = ' font-weight="600"' if bold else ""
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}" font-size="{size}"{weight}>'

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from edgead import __version__
 from edgead.demo_data import BATCH, KINDS, PRODUCTS
+from edgead.demo_live import KINDS as LINE_KINDS
 from edgead.demo_plots import svg_bars, svg_timeline, verdict_word
 from edgead.runtime.image import list_images, read_image
 from edgead.runtime.inspection import STAGES, Inspection, Verdict
@@ -33,23 +34,23 @@ main{max-width:1120px}
 h1{font-size:clamp(1.7rem,4.5vw,2.6rem);letter-spacing:-.02em;max-width:22ch;margin-top:12px}
 .lead{font-size:1.1rem;max-width:66ch}
 .brand{font-weight:700;letter-spacing:.02em;color:#1f5fbf}
-.hero{display:grid;grid-template-columns:1fr auto 1fr;gap:18px;align-items:center;margin:28px 0}
-.hero figure,.pair figure{background:#fff;border:1px solid #dde4ea;border-radius:12px;padding:10px}
-.hero .arrow{text-align:center;color:#1f5fbf;font-size:.92rem;max-width:150px}
-.hero .arrow b{display:block;font-size:1.35rem;font-variant-numeric:tabular-nums}
-.hero .arrow i{font-style:normal;font-size:2rem;line-height:1;display:block}
-.pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(480px,100%),1fr));gap:16px}
-.pair{background:#fff;border:1px solid #dde4ea;border-radius:12px;padding:10px}
-.pair div{display:grid;grid-template-columns:1fr 1fr;gap:6px}
-.pair img,.hero img{width:100%;display:block;border-radius:8px}
-.pair p,.hero figcaption{margin:8px 2px 0;font-size:.88rem;color:#667785}
+.step{display:grid;grid-template-columns:1fr auto 1fr;gap:18px;align-items:stretch;margin:20px 0 28px}
+.step figure,.shot figure{background:#fff;border:1px solid #dde4ea;border-radius:12px;padding:10px}
+.step .arrow{align-self:center;text-align:center;color:#1f5fbf;font-size:.92rem;max-width:150px}
+.step .arrow b{display:block;font-size:1.35rem;font-variant-numeric:tabular-nums}
+.step .arrow i{font-style:normal;font-size:2rem;line-height:1;display:block}
+.shots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(480px,100%),1fr));gap:16px}
+.shot{background:#fff;border:1px solid #dde4ea;border-radius:12px;padding:10px}
+.shot div{display:grid;grid-template-columns:1fr 1fr;gap:6px}
+.shot img,.step img{width:100%;display:block;border-radius:8px}
+.shot p,.step figcaption{margin:8px 2px 0;font-size:.88rem;color:#667785}
 .tags{display:inline-block;font-weight:600;color:#1a2733;margin-right:6px}
 .tree{font-size:.85rem}.tree td:first-child{font-family:ui-monospace,SFMono-Regular,Menlo,monospace}
 .note{font-size:.9rem;color:#667785}
 .panel+.panel,.panel+.row,.row+.panel{margin-top:16px}
 .panel svg{min-width:min(100%,560px)}
 footer{margin-top:56px;color:#667785;font-size:.88rem;border-top:1px solid #dde4ea;padding-top:16px}
-@media(max-width:640px){.hero{grid-template-columns:1fr}.hero .arrow{max-width:none}.hero .arrow i{transform:rotate(90deg)}
+@media(max-width:640px){.step{grid-template-columns:1fr}.step .arrow{align-self:center;max-width:none}.step .arrow i{transform:rotate(90deg)}
 main{padding:18px 14px 48px}.cards{grid-template-columns:1fr 1fr;gap:8px}.card b{font-size:1.25rem}th,td{padding:6px 7px}}
 </style>"""
 
@@ -63,7 +64,8 @@ def html_report(result: DemoResult, folder: Path) -> str:
     """
     body = [_STYLE]
     with Inspector(result.bundle) as inspector:
-        body += [_hero(result, folder, inspector), _key_figures(result), _update(result)]
+        first, second = _before_and_after(result, folder, inspector)
+        body += [first, _key_figures(result), _update(result), second]
         body += [_gallery(result, folder, inspector), _measured(result), _engines(result)]
         body += [_contents(result), _next(result), _footer(result)]
     lead = (
@@ -74,42 +76,43 @@ def html_report(result: DemoResult, folder: Path) -> str:
     return page("An inspector that learns while it runs", "".join(body), lead)
 
 
-def _hero(result: DemoResult, folder: Path, inspector: Inspector) -> str:
+def _before_and_after(result: DemoResult, folder: Path, inspector: Inspector) -> tuple[str, str]:
+    """A good part with the new code and a defect beside the code, each under the old and the new knowledge."""
     live = result.live
     samples = test_samples(folder / "data" / f"{BATCH}-new-batch")
-    good = next(sample for sample in samples if not sample.anomalous)
+    good = next(sample for sample in samples if not sample.anomalous).path
     bad = _plainest([sample.path for sample in samples if sample.anomalous])
-    pictures: dict[tuple[str, str], tuple[Frame, Inspection]] = {}
+    pictures: dict[tuple[str, Path], tuple[Frame, Inspection]] = {}
     for when, pack in (("before", live.before), ("after", live.after)):
         inspector.swap(pack)
-        for what, path in (("good", good.path), ("bad", bad)):
+        for path in (good, bad):
             frame = read_image(path)
             inspection = inspector.inspect(frame, product=BATCH)
-            picture = overlay(frame, inspection, inspector.spec.preprocessing)
-            pictures[when, what] = picture, inspection
+            pictures[when, path] = overlay(frame, inspection, inspector.spec.preprocessing), inspection
     inspector.swap(live.before)
-    rows_text = f"{live.added} rows, {_bytes(live.row_bytes)}"
-    parts = [
-        "<h2>Monday: a supplier begins to engrave a code. Every good part alarms.</h2>",
-        _step_row(
-            pictures["before", "good"],
-            "A good part with the new code, under Monday's knowledge",
-            pictures["after", "good"],
-            "The same picture, the same engine, one update later",
-            f"{live.swap_seconds * 1e3:.0f} ms",
-            f"to swap in {rows_text}, learned from {live.taught} photographs",
-        ),
-        "<h2>A real defect on such a part still stops the line.</h2>",
-        _step_row(
-            pictures["before", "bad"],
-            f"A {bad.parent.name} and the new code, before",
-            pictures["after", "bad"],
-            f"After: the code is known, the {bad.parent.name} is not",
-            "0 bytes",
-            "of the engine were touched",
-        ),
-    ]
-    return "".join(parts)
+    alarms, count = live.alarms("new good", live.before.version)
+    how_many = "Every" if alarms == count else f"{alarms} of {count}"
+    first = "<h2>Monday: a supplier begins to engrave a code. " + (
+        f"{how_many} good part{'' if alarms == count else 's'} alarm{'s' if alarms == count else ''}.</h2>"
+    )
+    first += _step_row(
+        pictures["before", good],
+        "A good part with the new code, under Monday's knowledge",
+        pictures["after", good],
+        "The same picture and the same engine, one update later",
+        f"{live.swap_seconds * 1e3:.0f} ms",
+        f"to swap in {live.added} rows ({_bytes(live.row_bytes)}) learned from {live.taught} photographs",
+    )
+    kind = bad.parent.name
+    second = "<h2>A real defect beside the code still stops the line</h2>" + _step_row(
+        pictures["before", bad],
+        f"A {kind} beside the new code, before: two alarms",
+        pictures["after", bad],
+        f"After: the code is known, the {kind} is not",
+        "0 bytes",
+        "of the engine changed",
+    )
+    return first, second
 
 
 def _step_row(
@@ -127,7 +130,7 @@ def _step_row(
         )
 
     middle = f'<div class="arrow"><i>&#10142;</i><b>{escape(large)}</b>{escape(small)}</div>'
-    return f'<div class="hero">{one(before, before_text)}{middle}{one(after, after_text)}</div>'
+    return f'<div class="step">{one(before, before_text)}{middle}{one(after, after_text)}</div>'
 
 
 def _key_figures(result: DemoResult) -> str:
@@ -151,14 +154,12 @@ def _key_figures(result: DemoResult) -> str:
 def _update(result: DemoResult) -> str:
     live = result.live
     lines = []
-    for kind, text in (
-        ("good", "good parts, as ever"),
-        ("new pattern", "good parts with the new code"),
-        ("defect", "real defects on parts with the new code"),
-    ):
+    for kind, text in LINE_KINDS.items():
         before, after = live.alarms(kind, live.before.version), live.alarms(kind, live.after.version)
         lines.append([text, f"{before[0]} of {before[1]} NG", f"{after[0]} of {after[1]} NG"])
-    during = [seen.ended - seen.began for seen in live.seen if seen.ended > live.swap_began and seen.began < live.swap_ended]
+    during = [
+        seen.ended - seen.began for seen in live.seen if seen.ended > live.swap_began and seen.began < live.swap_ended
+    ]
     usual = float(np.median([seen.ended - seen.began for seen in live.seen]))
     slowest = max(during, default=usual)
     return "".join(
@@ -185,10 +186,12 @@ def _gallery(result: DemoResult, folder: Path, inspector: Inspector) -> str:
         "threshold, so a good part stays as it is.</p>",
     ]
     for product in PRODUCTS:
-        parts += [f"<h3>{product.capitalize()}</h3>", '<div class="pairs">']
+        parts += [f"<h3>{product.capitalize()}</h3>", '<div class="shots">']
         outcomes = result.evaluations[product].outcomes
         for kind in ("good", *KINDS):
-            parts.append(_pair(_typical([o for o in outcomes if o.sample.kind == kind], kind), inspector, product, kind))
+            parts.append(
+                _pair(_typical([o for o in outcomes if o.sample.kind == kind], kind), inspector, product, kind)
+            )
         parts.append("</div>")
     wrong = [
         (product, outcome)
@@ -201,9 +204,14 @@ def _gallery(result: DemoResult, folder: Path, inspector: Inspector) -> str:
     else:
         parts += [
             "<p>The faintest defects and the oddest good parts, at the calibrated threshold.</p>",
-            '<div class="pairs">',
+            '<div class="shots">',
             *(
-                _pair(outcome, inspector, product, ("missed " if outcome.sample.anomalous else "false alarm: ") + outcome.sample.kind)
+                _pair(
+                    outcome,
+                    inspector,
+                    product,
+                    ("missed " if outcome.sample.anomalous else "false alarm: ") + outcome.sample.kind,
+                )
                 for product, outcome in wrong
             ),
             "</div>",
@@ -237,7 +245,7 @@ def _pair(outcome: Outcome, inspector: Inspector, product: str, label: str) -> s
     score = inspection.normalised if inspection.normalised is not None else 0.0
     alt = escape(f"{product}: {label}", quote=True)
     return (
-        f'<div class="pair"><div><img src="{data_uri(frame)}" alt="{alt}"><img src="{data_uri(picture)}" alt="{alt}, '
+        f'<div class="shot"><div><img src="{data_uri(frame)}" alt="{alt}"><img src="{data_uri(picture)}" alt="{alt}, '
         f'as inspected"></div><p><span class="tags">{escape(label)}</span>{verdict_word(inspection.verdict)} '
         f"&nbsp;score {score:.2f}, threshold 0.50</p></div>"
     )
@@ -277,7 +285,16 @@ def _engines(result: DemoResult) -> str:
         if engine.milliseconds:
             stages = [stage for stage in STAGES if stage != "total" and stage in engine.milliseconds]
             bars[engine.record.name] = [(stage, engine.milliseconds[stage]) for stage in stages]
-    head = ["engine", "ms per frame", "frames/s", "score vs torch", "map vs torch", "verdicts changed", "size", "made with"]
+    head = [
+        "engine",
+        "ms per frame",
+        "frames/s",
+        "score vs torch",
+        "map vs torch",
+        "verdicts changed",
+        "size",
+        "made with",
+    ]
     notes = [f"{engine.record.name}: {engine.note}." for engine in result.engines if engine.note]
     return "".join(
         [
@@ -317,11 +334,11 @@ def _contents(result: DemoResult) -> str:
     groups: dict[str, list[int]] = {}
     for name, record in manifest.files.items():
         top, _, rest = name.partition("/")
-        key = f"engines/{rest.split('/')[0]}/" if top == "engines" else (f"{top}/" if rest and top == "golden" else name)
+        key = (
+            f"engines/{rest.split('/')[0]}/" if top == "engines" else (f"{top}/" if rest and top == "golden" else name)
+        )
         groups.setdefault(key, []).append(record.size)
-    lines = [
-        [key, _bytes(sum(sizes)), what.get(key.split("/")[0], "")] for key, sizes in sorted(groups.items())
-    ]
+    lines = [[key, _bytes(sum(sizes)), what.get(key.split("/")[0], "")] for key, sizes in sorted(groups.items())]
     total = sum(record.size for record in manifest.files.values())
     return "".join(
         [

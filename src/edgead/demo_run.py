@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgead.demo_data import BATCH, PRODUCTS, DataOptions, paint_data
+from edgead.demo_live import KINDS as LINE_KINDS
 from edgead.demo_live import LiveUpdate, Shown, teach_while_running
 from edgead.detector_file import FittedDetector
 from edgead.exporter.export import export_bundle
@@ -23,7 +24,6 @@ from edgead.runtime.engines import available_threads, is_available
 from edgead.runtime.errors import FailureError, InputError, ParityError
 from edgead.runtime.files import new_folder, refuse_existing, write_file
 from edgead.runtime.image import list_images, read_image
-from edgead.runtime.inspection import Verdict
 from edgead.runtime.inspector import Inspector
 from edgead.runtime.knowledge import write_pack
 from edgead.runtime.spec import EngineRecord, Preprocessing, canonical_json
@@ -121,7 +121,7 @@ class DemoResult:
                 "frames_lost": live.lost,
                 "frames_mixed": live.mixed,
                 "alarms": {
-                    when: {kind: list(live.alarms(kind, pack.version)) for kind in ("good", "new pattern", "defect")}
+                    when: {kind: list(live.alarms(kind, pack.version)) for kind in LINE_KINDS}
                     for when, pack in (("before", live.before), ("after", live.after))
                 },
             },
@@ -266,9 +266,7 @@ def _evaluate(folder: Path, bundle: Bundle, note: Log) -> dict[str, Evaluation]:
     return found
 
 
-def _bench(
-    bundle: Bundle, folder: Path, evaluations: dict[str, Evaluation], note: Log
-) -> Iterator[EngineFigures]:
+def _bench(bundle: Bundle, folder: Path, evaluations: dict[str, Evaluation], note: Log) -> Iterator[EngineFigures]:
     """Each engine over the same test pictures: its time, and whether it comes to the same verdicts."""
     frames = {
         (product, sample.path): read_image(sample.path)
@@ -300,9 +298,9 @@ def _bench(
 
 def _teach(folder: Path, bundle: Bundle, seconds: float) -> LiveUpdate:
     data, batch = folder / "data" / BATCH, folder / "data" / f"{BATCH}-new-batch"
-    shown = [Shown(read_image(path), "good") for path in list_images(data / "test" / "good")[:8]]
-    for sample in test_samples(batch):
-        shown.append(Shown(read_image(sample.path), "defect" if sample.anomalous else "new pattern"))
+    shown: list[Shown] = []
+    for prefix, samples in (("", test_samples(data)), ("new ", test_samples(batch))):
+        shown += [Shown(read_image(one.path), prefix + ("defect" if one.anomalous else "good")) for one in samples]
     # Round robin, so that every stretch of time shows every kind.
     order = np.random.default_rng(0).permutation(len(shown))
     new = _read(list_images(batch / "train" / "good"))
@@ -317,10 +315,10 @@ def _teach(folder: Path, bundle: Bundle, seconds: float) -> LiveUpdate:
 def _told(live: LiveUpdate, note: Log) -> None:
     for when, pack in (("before", live.before), ("after", live.after)):
         parts = []
-        for kind in ("new pattern", "defect", "good"):
+        for kind in LINE_KINDS:
             alarms, count = live.alarms(kind, pack.version)
-            parts.append(f"{kind} {alarms} of {count} NG")
-        note(f"{when}: {', '.join(parts)}")
+            parts.append(f"{kind} {alarms} of {count}")
+        note(f"NG {when}: {', '.join(parts)}")
     note(
         f"{live.added} rows, {live.row_bytes / 1e3:.0f} kB; learned in {live.learn_seconds:.1f} s, swapped in "
         f"{live.swap_seconds * 1e3:.0f} ms; {len(live.seen)} frames, {live.lost} lost, {live.mixed} mixed"
@@ -335,4 +333,4 @@ def _machine() -> str:
     return f"{available_threads()} processor cores, {platform.machine()}, Python {platform.python_version()}"
 
 
-__all__ = ["DemoOptions", "DemoResult", "EngineFigures", "Verdict", "run_demo"]
+__all__ = ["DemoOptions", "DemoResult", "EngineFigures", "run_demo"]

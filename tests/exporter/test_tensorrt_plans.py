@@ -132,8 +132,8 @@ def test_a_bundle_that_was_not_compiled_says_how(bundle: Bundle) -> None:
         choose(bundle, Gpu("8.6"))
 
 
-def test_plans_of_the_bundle_come_after_those_of_the_device(bank: FittedDetector, tmp_path: Path) -> None:
-    opened = export_bundle(bank, tmp_path / "bundle", ["tensorrt"], compute_capabilities=["8.6"])
+def test_plans_of_the_bundle_come_after_those_of_the_device(colours: FittedDetector, tmp_path: Path) -> None:
+    opened = export_bundle(colours, tmp_path / "bundle", ["tensorrt"], compute_capabilities=["8.6"])
     engine = opened.engine("tensorrt")
     _, read = choose(opened, Gpu("8.6"))
     assert read("head") == opened.read(engine.head)
@@ -180,9 +180,7 @@ def test_a_bundle_in_one_file_keeps_its_plans_in_a_named_folder(
         name="part",
         detector=bundle.manifest.detector,
         engines=bundle.manifest.engines,
-        packs={"flange": bundle.pack()}
-        if bundle.pack().product == "flange"
-        else {bundle.pack().product: bundle.pack()},
+        packs={bundle.pack().product: bundle.pack()},
         files=files,
     )
     with pytest.raises(InputError, match=r"--cache-dir"):

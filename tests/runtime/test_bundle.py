@@ -20,6 +20,9 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from edgead.runtime.bundle import Bundle, golden_files, open_bundle, write_bundle
 from edgead.runtime.errors import BundleError, KnowledgeError, OutputExistsError, StorageError
 from edgead.runtime.knowledge import new_pack
@@ -33,8 +36,6 @@ from edgead.runtime.spec import (
     Preprocessing,
     Tolerance,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 FINGERPRINT = "ab" * 32
 DETECTOR = DetectorSpec(
@@ -248,9 +249,7 @@ def test_a_flipped_bit_in_any_file_is_found_when_opening_and_when_reading(folder
 
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data + b"x", lambda data: b""])
-def test_a_truncated_or_extended_file_is_found(
-    folder: Path, change: Callable[[bytes], bytes], verify: bool
-) -> None:
+def test_a_truncated_or_extended_file_is_found(folder: Path, change: Callable[[bytes], bytes], verify: bool) -> None:
     (folder / HEAD).write_bytes(change((folder / HEAD).read_bytes()))
     with pytest.raises(BundleError, match="bytes in"):
         open_bundle(folder, verify=verify)

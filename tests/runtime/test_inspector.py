@@ -282,14 +282,15 @@ def test_a_region_lies_where_the_defect_is_in_the_source_frame(
 
 def test_tiles_are_one_batch_whose_worst_decides_and_whose_map_is_one(tiny: ModuleType, tmp_path: Path) -> None:
     spec = tiny.detector(Preprocessing(16, 16, tiles=Tiling(3, 2, overlap=0.25)))
-    rows = [[tiny.GREY] * 3, [250, 0, 0]]
+    rows = np.float32([[tiny.GREY] * 3, [250, 0, 0], [150, 80, 80], [120, 60, 90], [180, 40, 70], [60, 60, 160]])
     made = tiny.bundle(tmp_path / "b", [tiny.pack(rows, spec=spec, first_id=41)], spec=spec)
     frame = tiny.frame(size=(160, 112))
     with Inspector(made, threads=1) as inspector:
         assert inspector.inspect(frame).verdict is Verdict.OK
-        frame[90:106, 130:150] = (230, 10, 10)
+        frame[90:106, 130:150] = (20, 10, 230)
         result = inspector.inspect(frame)
-        assert inspector.embed(frame)["patches"].shape == (6, 16, 3)
+        patches = inspector.embed(frame)["patches"]
+    assert patches.shape == (6, 16, 3)
     assert result.verdict is Verdict.NG
     assert result.anomaly_map is not None
     assert result.anomaly_map.shape[1] > result.anomaly_map.shape[0] > 16
@@ -299,9 +300,13 @@ def test_tiles_are_one_batch_whose_worst_decides_and_whose_map_is_one(tiny: Modu
     assert box.x + box.width >= 150
     assert box.y <= 90
     assert box.y + box.height >= 106
-    # The red row is the nearest to the red defect, in whichever tile it lies.
-    assert result.evidence[0].bank == "bank.normal"
-    assert (result.evidence[0].row, result.evidence[0].row_id) == (1, 42)
+    # The row is that of the worst patch, in whichever tile it lies.
+    distances = np.linalg.norm(patches[:, :, None] - rows, axis=-1)
+    worst = np.unravel_index(distances.min(-1).argmax(), distances.shape[:2])
+    row = int(distances[worst].argmin())
+    assert row != 0
+    assert worst[0] > 0
+    assert (result.evidence[0].bank, result.evidence[0].row, result.evidence[0].row_id) == ("bank.normal", row, 41 + row)
     assert result.evidence[0].point is not None
     assert box.x <= result.evidence[0].point[0] < box.x + box.width
     assert box.y <= result.evidence[0].point[1] < box.y + box.height
