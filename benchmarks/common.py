@@ -22,7 +22,7 @@ from edgead.exporter import export_bundle
 from edgead.runtime.bundle import Bundle
 from edgead.runtime.knowledge import Pack, new_pack
 from edgead.runtime.spec import Calibration, Port, Preprocessing
-from edgead.server_side.backbones import Backbone
+from edgead.server_side.backbones import Backbone, load_backbone
 from edgead.server_side.detectors.memory_bank import (
     METHOD,
     MemoryBankHead,
@@ -215,6 +215,27 @@ def bank_pack(fingerprint: str, rows: Rows, *, threshold: float = 0.0, product: 
 def exported(detector: FittedDetector, path: Path, targets: Sequence[str]) -> Bundle:
     """Export (parity gate included), replacing what is at `path`."""
     return export_bundle(detector, path, list(targets), name=path.name, force=True)
+
+
+def product_bundle(
+    path: Path, rows: int, *, targets: Sequence[str] = ("onnx", "openvino"), backbone: str = "embedded"
+) -> tuple[Bundle, Pack]:
+    """A bundle of the embedded backbone with a bank of `rows` painted rows.
+
+    Returns:
+        the bundle, whose own bank has 64 rows only, and the pack of all rows.
+    """
+    network = load_backbone(backbone)
+    trunk = MemoryBankTrunk(network).eval()
+    normals = painted(16)
+    patches = embeddings(trunk, normals)
+    known = patches.reshape(-1, patches.shape[-1])
+    bank = spread_rows(known, rows)
+    detector = bank_detector(network, bank[:64], painted(2, seed=1, defects=True), threshold=1e9)
+    bundle = exported(detector, path, targets)
+    # Nothing is to be learned from the threshold here; this one outlines the painted defects.
+    threshold = 0.5 * float(np.linalg.norm(known - known.mean(0), axis=1).mean())
+    return bundle, bank_pack(bundle.manifest.detector.fingerprint, bank, threshold=threshold)
 
 
 class PeerProcess:

@@ -85,12 +85,12 @@ def run(
             wanted="an output to go on with", got="--resume without --output", next_step="Add: -o FILE.jsonl"
         )
     from edgead.runtime.bundle import open_bundle
-    from edgead.runtime.captures import open_source
     from edgead.runtime.inspection import Verdict
     from edgead.runtime.inspector import Inspector
     from edgead.runtime.knowledge import read_pack
     from edgead.runtime.run import Stop, refuse_if_none_inspected, run_stream, summary
     from edgead.runtime.sinks import JsonFile, JsonLines, Overlays, Sink, TextLines
+    from edgead.runtime.sources import open_source
     from edgead.runtime.stream import Stream
 
     opened = open_bundle(bundle, verify=False)

@@ -123,8 +123,12 @@ def _take_place(work: Path, path: Path) -> None:
             except OSError:
                 os.replace(aside / "old", path)
                 raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        except OSError:
+            # Not removed with its content: if what was there could not go back, it is kept here.
+            with contextlib.suppress(OSError):
+                aside.rmdir()
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
     sync_folder(path.parent)
 
 

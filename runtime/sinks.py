@@ -12,12 +12,12 @@ from typing import BinaryIO
 
 import msgspec
 
-from edgead.runtime.captures import Capture
 from edgead.runtime.errors import InputError, OutputExistsError, storage_errors
 from edgead.runtime.files import refuse_existing, write_file
 from edgead.runtime.image import encode_jpeg
 from edgead.runtime.inspection import Inspection, Verdict, decode_line, encode_line, result_line
 from edgead.runtime.overlay import overlay
+from edgead.runtime.sources import Capture
 from edgead.runtime.spec import Preprocessing
 
 _CANNOT_SYNC = (errno.EINVAL, errno.EROFS, errno.ENOTSUP)

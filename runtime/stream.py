@@ -13,9 +13,9 @@ from collections import Counter, deque
 from collections.abc import Container, Iterator
 from typing import TYPE_CHECKING
 
-from edgead.runtime.captures import Capture, Source
 from edgead.runtime.errors import ImageError
 from edgead.runtime.inspection import STAGES, Inspection, Verdict, percentile
+from edgead.runtime.sources import Capture, Source
 
 if TYPE_CHECKING:
     from edgead.runtime.inspector import Inspector

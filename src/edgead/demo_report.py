@@ -50,8 +50,11 @@ h1{font-size:clamp(1.7rem,4.5vw,2.6rem);letter-spacing:-.02em;max-width:22ch;mar
 .panel+.panel,.panel+.row,.row+.panel{margin-top:16px}
 .panel svg{min-width:min(100%,560px)}
 footer{margin-top:56px;color:#667785;font-size:.88rem;border-top:1px solid #dde4ea;padding-top:16px}
-@media(max-width:640px){.step{grid-template-columns:1fr}.step .arrow{align-self:center;max-width:none}.step .arrow i{transform:rotate(90deg)}
-main{padding:18px 14px 48px}.cards{grid-template-columns:1fr 1fr;gap:8px}.card b{font-size:1.25rem}th,td{padding:6px 7px}}
+@media(max-width:640px){
+.step{grid-template-columns:1fr}.step .arrow{max-width:none}.step .arrow i{transform:rotate(90deg)}
+main{padding:18px 14px 48px}th,td{padding:6px 7px}
+.cards{grid-template-columns:1fr 1fr;gap:8px}.card b{font-size:1.25rem}
+}
 </style>"""
 
 
@@ -374,8 +377,8 @@ def _footer(result: DemoResult) -> str:
     steps = "; ".join(f"{step} {value:.1f} s" for step, value in result.seconds.items() if step != "total")
     return (
         f"<footer><p>edgead {__version__}, backbone {escape(result.options.backbone)}, "
-        f"{result.options.size} x {result.options.size} pixels, seed {result.options.seed}, {pictures} pictures and masks. "
-        f"{escape(steps)}.</p></footer>"
+        f"{result.options.size} x {result.options.size} pixels, seed {result.options.seed}, "
+        f"{pictures} pictures and masks. {escape(steps)}.</p></footer>"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -174,7 +175,7 @@ def test_unknown_names_are_answered_with_similar_ones(bundle: Bundle) -> None:
         bundle.engine("opnvino:fp16")
     with pytest.raises(BundleError, match="Did you mean 'bolt'"):
         bundle.pack("blot")
-    with pytest.raises(BundleError, match="head.onnx"):
+    with pytest.raises(BundleError, match=r"head\.onnx"):
         bundle.read("engines/onnx-fp32/haed.onnx")
     for name in ("../outside", "/etc/passwd", "manifest.json", ""):
         with pytest.raises(BundleError):
@@ -208,8 +209,6 @@ def test_the_single_file_holds_exactly_the_folder_stored_and_sorted(originals: t
 
 
 def test_the_manifest_is_canonical_json_with_size_and_digest_of_every_file(originals: tuple[Path, Path]) -> None:
-    import hashlib
-
     files = tree(originals[0])
     data = files.pop("manifest.json")
     manifest = json.loads(data)
@@ -283,7 +282,7 @@ def test_a_missing_file_is_found(folder: Path) -> None:
 
 def test_a_file_that_the_manifest_does_not_list_is_refused(folder: Path) -> None:
     (folder / "engines" / "extra.so").write_bytes(b"x")
-    with pytest.raises(BundleError, match="extra.so") as caught:
+    with pytest.raises(BundleError, match=r"extra\.so") as caught:
         open_bundle(folder)
     assert "Remove that file" in caught.value.next_step
 
@@ -376,7 +375,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a negative size": (put("files", HEAD, "size", -1), "size"),
     "a short digest": (put("files", HEAD, "sha256", "00"), "sha256"),
     "the manifest in its own list": (listing("manifest.json"), "own list"),
-    "a listed plan": (listing("compiled/x/trunk.plan"), "compiled"),
+    "a listed plan": (listing("compiled/x/trunk.plan"), "belongs to the device"),
     "two ports of one name": (put("detector", "outputs", 0, "name", "patches"), "name of its own"),
     "a size of another type": (put("files", HEAD, "size", "big"), "size"),
     "a listed file that is not there": (listing("ghost.bin"), "ghost"),
@@ -548,13 +547,17 @@ def test_an_archive_that_edgead_would_not_write_is_refused(
         open_bundle(single)
 
 
-def test_a_zip64_record_cannot_smuggle_in_another_table(single: Path) -> None:
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_zip64_record_cannot_smuggle_in_another_table(single: Path, counted: bool) -> None:
     data = single.read_bytes()
     start = int.from_bytes(data[-6:-2], "little")
     size = int.from_bytes(data[-10:-6], "little")
     record = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, 1, 1, 2**40, start)
     locator = struct.pack("<4sIQI", b"PK\6\7", 0, start + size, 1)
-    single.write_bytes(data[:-22] + record + locator + data[-22:])
+    end = bytearray(data[-22:])
+    if counted:
+        struct.pack_into("<I", end, 12, size + len(record) + len(locator))
+    single.write_bytes(data[:-22] + record + locator + end)
     with pytest.raises(BundleError, match="another structure"):
         open_bundle(single)
 
@@ -586,7 +589,7 @@ def test_other_files_are_no_bundle(tmp_path: Path, data: bytes) -> None:
 def test_other_places_are_no_bundle(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="nothing there"):
         open_bundle(tmp_path / "no")
-    with pytest.raises(BundleError, match="manifest.json"):
+    with pytest.raises(BundleError, match=r"manifest\.json"):
         open_bundle(tmp_path)
     with pytest.raises(BundleError, match="nothing there"):
         open_bundle(tmp_path / ("x" * 300))

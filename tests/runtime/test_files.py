@@ -220,3 +220,38 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
     assert path.read_bytes() == b"old"
     write_file(path, b"newer")
     assert path.read_bytes() == b"newer"
+
+
+@pytest.mark.parametrize(
+    ("fault", "left"),
+    [("shutil.rmtree(source)", "d/old"), ("os.makedirs(os.path.join(target, 'squatter'))", ".old/old/old")],
+    ids=["the new folder vanishes", "somebody takes the place"],
+)
+def test_the_old_folder_survives_a_fault_between_the_two_renames(tmp_path: Path, fault: str, left: str) -> None:
+    (tmp_path / "d" / "old").mkdir(parents=True)
+    code = f"""
+    import os, shutil, sys
+    from pathlib import Path
+    from edgead.runtime.errors import StorageError
+    from edgead.runtime.files import new_folder
+    path, renames = sys.argv[1], []
+    def second_rename(event, arguments):
+        if event == "os.rename":
+            source, target = map(str, arguments[:2])
+            renames.append(target)
+            if len(renames) == 2:
+                {fault}
+    sys.addaudithook(second_rename)
+    try:
+        with new_folder(Path(path), force=True) as folder:
+            (folder / "new").write_bytes(b"x")
+    except StorageError as error:
+        print(error)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "d")], capture_output=True, text=True, timeout=60
+    )
+    assert "wanted to write a folder" in done.stdout, done.stderr
+    # The name of the folder that the old one steps into is not fixed but for its end.
+    assert any(name.endswith(left) for name in entries(tmp_path))
+    assert not any(name.endswith(".part") for name in entries(tmp_path))

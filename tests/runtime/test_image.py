@@ -131,7 +131,8 @@ def test_alpha_is_dropped_and_the_colours_stay_as_stored(data: bytes) -> None:
 def test_an_exif_orientation_is_applied(kind: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[274] = orientation
-    options = {"JPEG": {"quality": 95}, "PNG": {}, "WEBP": {"lossless": True}}[kind]
+    choices: dict[str, dict[str, object]] = {"JPEG": {"quality": 95}, "PNG": {}, "WEBP": {"lossless": True}}
+    options = choices[kind]
     data = saved(PICTURE, kind, exif=exif, **options)
     seen, expected = decode(data), pillow(data)
     assert seen.shape == expected.shape
@@ -274,9 +275,18 @@ def test_a_missing_file_is_a_storage_error(tmp_path: Path) -> None:
 
 
 def test_a_tiff_that_claims_endless_tags_is_refused_at_once() -> None:
-    entries = b"".join(struct.pack("<HHII", 273, 1, 200_000_000, 8) for _ in range(4000))
-    with pytest.raises(ImageError):
-        decode(b"II*\0\x08\0\0\0" + struct.pack("<H", 4000) + entries + b"\0" * 4)
+    count = 1_500_000
+    entries = b"".join(struct.pack("<HHII", 273, 1, count, 8) for _ in range(4000))
+    with pytest.raises(ImageError, match="damaged TIFF"):
+        decode(b"II*\0\x08\0\0\0" + struct.pack("<H", 4000) + entries + b"\0" * count)
+    repeated = struct.pack("<HHII", 273, 1, 1, 8) * 2
+    with pytest.raises(ImageError, match="damaged TIFF"):
+        decode(b"II*\0\x08\0\0\0" + struct.pack("<H", 2) + repeated + b"\0" * 4)
+
+
+def test_a_tiff_whose_strips_lie_outside_it_is_refused_before_decoding() -> None:
+    with pytest.raises(ImageError, match="truncated"):
+        decode(EXACT["tiff"][:-100])
 
 
 def test_a_jpeg_of_endless_scans_is_refused() -> None:

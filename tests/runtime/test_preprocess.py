@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -32,7 +33,8 @@ Case = tuple[tuple[int, int], Preprocessing]
 def cases(draw: st.DrawFn, largest: int = 120) -> Case:
     """A frame's height and width, and a preprocessing that fits it."""
     height, width = draw(st.integers(1, largest)), draw(st.integers(1, largest))
-    rotate = draw(st.sampled_from([0, 90, 180, 270]))
+    turns: list[Literal[0, 90, 180, 270]] = [0, 90, 180, 270]
+    rotate = draw(st.sampled_from(turns))
     turned_height, turned_width = (width, height) if rotate in (90, 270) else (height, width)
     roi = None
     if draw(st.booleans()):

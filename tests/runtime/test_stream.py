@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socketserver
 import threading
 import time
@@ -16,11 +17,11 @@ import cv2
 import numpy as np
 import pytest
 
-from edgead.runtime.captures import CameraSource, Capture, PictureSource, Source, VideoSource, open_source
 from edgead.runtime.errors import InputError
 from edgead.runtime.image import encode_jpeg, encode_png
 from edgead.runtime.inspection import Verdict
 from edgead.runtime.inspector import Inspector
+from edgead.runtime.sources import CameraSource, Capture, PictureSource, Source, VideoSource, open_source
 from edgead.runtime.stream import LiveFeed, Stream, Tally
 
 
@@ -128,11 +129,10 @@ def test_an_error_of_a_live_source_reaches_the_one_who_iterates(inspector: Inspe
             yield from super().captures()
             raise InputError(wanted="a lens", got="dust")
 
-    seen = []
+    results = iter(Stream(inspector, Broken(1)))
+    assert next(results)[0].name == "beep#0"
     with pytest.raises(InputError, match="dust"):
-        for capture, _ in Stream(inspector, Broken(1)):
-            seen.append(capture.name)
-    assert seen == ["beep#0"]
+        next(results)
 
 
 def test_a_stream_ends_after_the_current_frame_and_closes_its_camera(inspector: Inspector) -> None:
@@ -221,7 +221,7 @@ def test_back_off_grows_and_starts_anew_after_a_frame() -> None:
         if len(times) == 8:
             source.close()
     # frame, lost, 3 x none, frame, lost, none: waits of 0.04, 0.08, 0.16, 0.32 and, after the frame, 0.04 s
-    gaps = [after[0] - before[0] for before, after in zip(times, times[1:], strict=False)]
+    gaps = [after[0] - before[0] for before, after in itertools.pairwise(times)]
     assert gaps[2] > 0.05
     assert gaps[4] > 0.2
     assert gaps[6] < gaps[4]
@@ -301,7 +301,7 @@ def test_a_real_network_stream_that_is_cut_is_reached_again(inspector: Inspector
         for capture, inspection in Stream(inspector, source):
             seen.append((capture, inspection.verdict))
             after = [verdict for _, verdict in seen[-3:]]
-            if _Pictures.connections > 1 and after == [Verdict.OK] * 3 or time.monotonic() > until:
+            if (_Pictures.connections > 1 and after == [Verdict.OK] * 3) or time.monotonic() > until:
                 break
     assert "secret" not in seen[0][0].name
     lost = [capture.reason for capture, verdict in seen if verdict is Verdict.NOT_INSPECTED]

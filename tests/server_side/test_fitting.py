@@ -9,25 +9,30 @@ import numpy as np
 import pytest
 import torch
 
-from edgead.detector_file import FittedDetector, read_detector
+from edgead.detector_file import read_detector
 from edgead.runtime.errors import ImageError, InputError, OutputExistsError
 from edgead.runtime.image import encode_png, list_images, prepare, read_image
 from edgead.runtime.spec import Preprocessing, Region, Tiling
-from edgead.server_side.fitting import HOLD_OUT_FROM, FitOptions, fit_memory_bank
+from edgead.server_side.fitting import HOLD_OUT_FROM, FitOptions, Learned, fit_memory_bank, learn_memory_bank
 from edgead.server_side.painting import paint_defect, paint_part
 
 SMALL = FitOptions(backbone="random", preprocessing=Preprocessing(64, 64), rows=100)
 
 
 def with_options(**changes: object) -> FitOptions:
-    return FitOptions(**{**vars(SMALL), **changes})  # type: ignore[arg-type]
+    return FitOptions(**{**vars(SMALL), **changes})
 
 
-def patches_of(detector: FittedDetector, path: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+def patches_of(detector: Learned, path: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
     frame = prepare(read_image(path), detector.spec.preprocessing)
     with torch.inference_mode():
-        (patches,) = detector.trunk.module()(torch.from_numpy(frame))
+        patches = detector.trunk(torch.from_numpy(frame))
     return np.asarray(patches.numpy().reshape(-1, patches.shape[-1]))
+
+
+@pytest.fixture(scope="module")
+def learned(painted_normals: Path) -> Learned:
+    return learn_memory_bank(painted_normals, SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -62,25 +67,26 @@ def defects(painted_normals: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return found
 
 
-def test_the_same_photographs_and_seed_give_the_same_file(painted_normals: Path, tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        fit_memory_bank(painted_normals, tmp_path / f"{name}.detector", SMALL)
-    first, second = (read_detector(tmp_path / f"{name}.detector") for name in ("a", "b"))
-    assert first.pack.digest == second.pack.digest
-    assert np.array_equal(first.golden, second.golden)
-    assert first.card == second.card
+def test_the_same_photographs_and_seed_give_the_same_file(
+    small_detector: Path, learned: Learned, painted_normals: Path
+) -> None:
+    written = read_detector(small_detector)
+    assert written.pack.digest == learned.pack.digest
+    assert np.array_equal(written.golden, learned.golden)
+    assert written.card == learned.card
+    other = learn_memory_bank(painted_normals, with_options(seed=1))
+    assert other.pack.digest != learned.pack.digest
 
 
-def test_every_row_of_the_bank_is_a_patch_of_a_photograph(small_detector: Path, painted_normals: Path) -> None:
-    detector = read_detector(small_detector)
-    known = {row.tobytes() for path in list_images(painted_normals) for row in patches_of(detector, path)}
-    bank = detector.pack.arrays["bank.normal"]
+def test_every_row_of_the_bank_is_a_patch_of_a_photograph(learned: Learned, painted_normals: Path) -> None:
+    known = {row.tobytes() for path in list_images(painted_normals) for row in patches_of(learned, path)}
+    bank = learned.pack.arrays["bank.normal"]
     assert len(bank) == 100
     assert all(row.tobytes() in known for row in bank)
 
 
-def test_with_enough_images_the_bank_holds_nothing_of_those_it_is_calibrated_on(many: Path, tmp_path: Path) -> None:
-    detector = fit_memory_bank(many, tmp_path / "x.detector", with_options(rows=10**6))
+def test_with_enough_images_the_bank_holds_nothing_of_those_it_is_calibrated_on(many: Path) -> None:
+    detector = learn_memory_bank(many, with_options(rows=10**6))
     bank = {row.tobytes() for row in detector.pack.arrays["bank.normal"]}
     held = [path for path in list_images(many) if patches_of(detector, path)[0].tobytes() not in bank]
     assert len(held) == detector.pack.calibration.held_out == detector.card["images"]["held_out"] == 5
@@ -88,26 +94,25 @@ def test_with_enough_images_the_bank_holds_nothing_of_those_it_is_calibrated_on(
         assert not bank & {row.tobytes() for row in patches_of(detector, path)}
 
 
-def test_with_few_images_each_is_scored_without_its_own_rows(painted_normals: Path, tmp_path: Path) -> None:
-    everything = with_options(rows=10**6)
-    calibration = fit_memory_bank(painted_normals, tmp_path / "x.detector", everything).pack.calibration
+def test_with_few_images_each_is_scored_without_its_own_rows(painted_normals: Path) -> None:
+    calibration = learn_memory_bank(painted_normals, with_options(rows=10**6)).pack.calibration
     assert calibration.held_out == 12
     # Every patch is in the bank: scored with its own rows, each image would be at a distance of 0.
     assert calibration.typical > 0
     assert calibration.threshold > calibration.typical
 
 
-def test_golden_frames_are_normals_and_the_same_with_a_defect(small_detector: Path) -> None:
-    golden = read_detector(small_detector).golden.astype(int)
+def test_golden_frames_are_normals_and_the_same_with_a_defect(learned: Learned) -> None:
+    golden = learned.golden.astype(int)
     assert len(golden) == 8
     for normal, painted in zip(golden[::2], golden[1::2], strict=True):
         changed = np.abs(normal - painted).max(2) > 8
         assert 0.0005 < changed.mean() < 0.5
 
 
-def test_a_region_of_interest_and_tiles_are_what_is_learnt(painted_normals: Path, tmp_path: Path) -> None:
+def test_a_region_of_interest_and_tiles_are_what_is_learnt(painted_normals: Path) -> None:
     spec = Preprocessing(64, 64, roi=Region(8, 8, 80, 80), tiles=Tiling(2, 2, 0.1))
-    detector = fit_memory_bank(painted_normals, tmp_path / "x.detector", with_options(preprocessing=spec))
+    detector = learn_memory_bank(painted_normals, with_options(preprocessing=spec))
     assert detector.spec.preprocessing == spec
     bank = {row.tobytes() for row in detector.pack.arrays["bank.normal"]}
     known = {row.tobytes() for path in list_images(painted_normals) for row in patches_of(detector, path)}
@@ -115,9 +120,9 @@ def test_a_region_of_interest_and_tiles_are_what_is_learnt(painted_normals: Path
 
 
 def test_masked_defects_become_rows_of_the_anomalous_bank_and_no_normal_patch_does(
-    painted_normals: Path, defects: list[tuple[Path, Path]], tmp_path: Path
+    painted_normals: Path, defects: list[tuple[Path, Path]]
 ) -> None:
-    detector = fit_memory_bank(painted_normals, tmp_path / "x.detector", SMALL, anomalous=defects)
+    detector = learn_memory_bank(painted_normals, SMALL, anomalous=defects)
     rows = detector.pack.arrays["bank.anomalous"]
     patches = len(patches_of(detector, defects[0][0]))
     assert 0 < len(rows) < 2 * patches * 0.4
@@ -127,15 +132,14 @@ def test_masked_defects_become_rows_of_the_anomalous_bank_and_no_normal_patch_do
 
 
 def test_of_a_picture_without_a_mask_only_what_is_unlike_normals_is_learnt_as_defect(
-    painted_normals: Path, defects: list[tuple[Path, Path]], tmp_path: Path
+    painted_normals: Path, learned: Learned, defects: list[tuple[Path, Path]]
 ) -> None:
-    plain = fit_memory_bank(painted_normals, tmp_path / "a.detector", SMALL)
     pictures: list[tuple[Path, Path | None]] = [(picture, None) for picture, _ in defects]
-    taught = fit_memory_bank(painted_normals, tmp_path / "b.detector", SMALL, anomalous=pictures)
+    taught = learn_memory_bank(painted_normals, SMALL, anomalous=pictures)
     rows = taught.pack.arrays["bank.anomalous"]
     assert 2 <= len(rows) < 2 * len(patches_of(taught, pictures[0][0])) * 0.4
     # Normal patches in that bank would have raised the good parts and the threshold with them.
-    assert taught.pack.calibration.threshold == pytest.approx(plain.pack.calibration.threshold, rel=0.02)
+    assert taught.pack.calibration.threshold == pytest.approx(learned.pack.calibration.threshold, rel=0.02)
 
 
 def test_a_black_mask_or_one_of_another_size_is_refused(
@@ -145,23 +149,22 @@ def test_a_black_mask_or_one_of_another_size_is_refused(
         path = tmp_path / f"{name}_mask.png"
         cv2.imwrite(str(path), mask)
         with pytest.raises(InputError, match="mask"):
-            fit_memory_bank(painted_normals, tmp_path / "x.detector", SMALL, anomalous=[(defects[0][0], path)])
-    assert not (tmp_path / "x.detector").exists()
+            learn_memory_bank(painted_normals, SMALL, anomalous=[(defects[0][0], path)])
 
 
-def test_two_photographs_are_enough_and_one_is_not(painted_normals: Path, tmp_path: Path) -> None:
+def test_two_photographs_are_enough_and_one_is_not(painted_normals: Path) -> None:
     paths = list_images(painted_normals)
-    detector = fit_memory_bank(paths[:2], tmp_path / "two.detector", SMALL)
+    detector = learn_memory_bank(paths[:2], SMALL)
     assert detector.pack.calibration.held_out == 2
     assert "extrapolated" in detector.card["calibration"]
     with pytest.raises(InputError, match="at least 2"):
-        fit_memory_bank(paths[:1], tmp_path / "one.detector", SMALL)
+        learn_memory_bank(paths[:1], SMALL)
 
 
-def test_a_region_outside_the_photograph_is_refused(painted_normals: Path, tmp_path: Path) -> None:
+def test_a_region_outside_the_photograph_is_refused(painted_normals: Path) -> None:
     spec = Preprocessing(64, 64, roi=Region(50, 50, 80, 80))
     with pytest.raises(ImageError, match="region of interest"):
-        fit_memory_bank(painted_normals, tmp_path / "x.detector", with_options(preprocessing=spec))
+        learn_memory_bank(painted_normals, with_options(preprocessing=spec))
 
 
 def test_an_existing_file_is_kept_before_any_work_is_done(painted_normals: Path, tmp_path: Path) -> None:
