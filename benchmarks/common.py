@@ -182,9 +182,7 @@ def bank_detector(
     else:
         head = MemoryBankHead(grid, grid, 0.0, neighbours).eval()
         shape = ("B", *grid)
-        outputs = tuple(
-            Port(port.name, port.dtype, shape) if port.name == "anomaly_map" else port for port in outputs
-        )
+        outputs = tuple(Port(port.name, port.dtype, shape) if port.name == "anomaly_map" else port for port in outputs)
     spec = detector_spec(
         trunk,
         method=METHOD,

@@ -36,9 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="edgead-frame-") as scratch:
         note("exporting ...")
         bundle, pack = product_bundle(Path(scratch) / "bundle", options.rows, backbone=options.backbone)
-        inspectors = {
-            engine: Inspector(bundle, target=engine, threads=THREADS, packs=[pack]) for engine in ENGINES
-        }
+        inspectors = {engine: Inspector(bundle, target=engine, threads=THREADS, packs=[pack]) for engine in ENGINES}
         found: dict[tuple[str, tuple[int, int]], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         regions = 0
         for camera in CAMERAS:
@@ -76,8 +74,7 @@ def _frames(camera: tuple[int, int]) -> list[Frame]:
 def _figure(engine: str, camera: tuple[int, int], times: dict[str, list[float]]) -> dict[str, Any]:
     # The ratio within each frame, so that a slow moment of the machine counts on both sides.
     ratios = [
-        total / (trunk + head)
-        for total, trunk, head in zip(times["total"], times["trunk"], times["head"], strict=True)
+        total / (trunk + head) for total, trunk, head in zip(times["total"], times["trunk"], times["head"], strict=True)
     ]
     ratio = median(ratios)
     wanted = camera == CAMERAS[0]

@@ -74,19 +74,14 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="edgead-parity-") as scratch:
         folder = Path(scratch)
         normals, images = _images(options.data, options.images, options.seed)
-        np.savez(
-            folder / "request.npz", normals=normals, images=images, rows=options.rows, seed=options.seed
-        )
+        np.savez(folder / "request.npz", normals=normals, images=images, rows=options.rows, seed=options.seed)
         note("asking the peer ...")
         weights = folder / "resnet18.safetensors"
         versions = _peer(options.peer_python, "compare", folder / "request.npz", folder / "peer.npz", weights)
         with np.load(folder / "peer.npz") as file:
             peer = dict(file)
         comparisons = _compare(peer, images, load_backbone("resnet18", weights=weights), folder)
-    rows = [
-        [c.engine, c.quantity, c.difference, c.from_exact, LIMIT, "ok" if c.ok else "OFF"]
-        for c in comparisons
-    ]
+    rows = [[c.engine, c.quantity, c.difference, c.from_exact, LIMIT, "ok" if c.ok else "OFF"] for c in comparisons]
     print(f"{len(images)} images, bank of {len(peer['bank'])} rows, 'resnet18' layer2 and layer3; {versions}")
     head = ["engine", "quantity", "off by, of range", "from its float64", "allowed", ""]
     print(table(head, rows))
@@ -138,17 +133,13 @@ def _images(data: Path | None, count: int, seed: int) -> tuple[Frame, Frame]:
     return frames[:normals], frames[normals:]
 
 
-def _compare(
-    peer: dict[str, NDArray[Any]], images: Frame, backbone: Backbone, folder: Path
-) -> list[Comparison]:
+def _compare(peer: dict[str, NDArray[Any]], images: Frame, backbone: Backbone, folder: Path) -> list[Comparison]:
     embedded = embeddings(MemoryBankTrunk(backbone).eval(), images)
     found = [_embeddings("torch", embedded, peer["embedding"])]
     # No threshold is of interest here; a decision far from every score keeps the parity gate on numbers.
     far = float(peer["patch_score"].max()) * 2
     for neighbours in (0, 9):
-        detector = bank_detector(
-            backbone, peer["bank"], images, threshold=far, neighbours=neighbours, smooth=False
-        )
+        detector = bank_detector(backbone, peer["bank"], images, threshold=far, neighbours=neighbours, smooth=False)
         found += _check("torch", _by_torch(detector, images), peer, neighbours)
         note(f"exporting with {neighbours or 1} neighbours ...")
         bundle = exported(detector, folder / f"bundle-{neighbours}", TARGETS)
@@ -196,9 +187,7 @@ def _embeddings(engine: str, ours: NDArray[Any], theirs: NDArray[Any]) -> Compar
     return Comparison(engine, "patch embeddings", difference, None, difference <= LIMIT)
 
 
-def _score(
-    engine: str, quantity: str, ours: NDArray[Any], peer: dict[str, NDArray[Any]], name: str
-) -> Comparison:
+def _score(engine: str, quantity: str, ours: NDArray[Any], peer: dict[str, NDArray[Any]], name: str) -> Comparison:
     difference, from_exact = (_share(ours, peer[prefix + name], peer) for prefix in ("", "exact_"))
     return Comparison(engine, quantity, difference, from_exact, min(difference, from_exact) <= LIMIT)
 

@@ -113,9 +113,7 @@ def prepared_bundle(work: Path, bank: Rows, frames: Frame, neighbours: int) -> B
     """edgead's bundle of the same network, exported anew."""
     note(f"edgead exports, {neighbours} neighbours ...")
     backbone = load_backbone("resnet18", weights=work / "resnet18.safetensors")
-    detector = bank_detector(
-        backbone, bank, frames[:2], threshold=1e9, neighbours=neighbours if neighbours > 1 else 0
-    )
+    detector = bank_detector(backbone, bank, frames[:2], threshold=1e9, neighbours=neighbours if neighbours > 1 else 0)
     return exported(detector, work / f"bundle-{neighbours}", ("openvino", "onnx"))
 
 

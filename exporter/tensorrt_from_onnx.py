@@ -134,6 +134,8 @@ def prepared(model: ModelProto, part: str) -> ModelProto:
         DetectorError: names the node that cannot be had.
     """
     check_operators(model.graph, part)
+    # Noted types of values in between may change below.
+    del model.graph.value_info[:]
     for value in model.graph.input:
         if value.type.tensor_type.elem_type == TensorProto.UINT8:
             _cast_first(model.graph, value.name, part)

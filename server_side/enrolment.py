@@ -18,6 +18,8 @@ from edgead.runtime.spec import Calibration
 from edgead.server_side.calibration import calibrate
 
 BANK = "bank.normal"
+SPACING = 0.9
+"""New rows lie closer than what counts as known: the next picture of the pattern differs from those taught."""
 
 Rows = NDArray[np.float32]
 HeldOut = Callable[[Pack], tuple[NDArray[np.float32], NDArray[np.float32] | None]]
@@ -51,7 +53,7 @@ def add_normal_rows(
     """Add what is new in `patches` to the normal bank and calibrate anew.
 
     Rows are taken by the greedy rule of the coreset, begun at the bank that is there: always the patch that is
-    farthest from everything known, until all lie within `novelty` of it.
+    farthest from everything known, until all lie within `SPACING` times `novelty` of it.
 
     Args:
         pack: the knowledge so far; it is left as it is.
@@ -78,7 +80,7 @@ def add_normal_rows(
         raise InputError(wanted="a novelty of at least 0", got=str(novelty))
     distance = _distance(patches, bank)
     offered = int((distance > level).sum())
-    rows = _cover(patches[distance > level], distance[distance > level], level, most)
+    rows = _cover(patches[distance > level], distance[distance > level], SPACING * level, most)
     calibration = pack.calibration
     taught = _with_rows(pack, rows, calibration, first_id)
     scores, maxima = held_out(taught)

@@ -154,6 +154,9 @@ def learn_memory_bank(
     calibration_paths = [paths[index] for index in sorted(order[:held])] if held else paths
     bank_paths = [paths[index] for index in sorted(order[held:])] if held else paths
 
+    for image_path, mask_path in anomalous:
+        if mask_path is not None:  # a mistake there is better told before minutes of work
+            _mask(mask_path, image_path, read_image(image_path))
     bank, sources = work.bank(bank_paths)
     left_out = None if held else sources
     known = 0.0

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from edgead.detector_file import FittedDetector
-from edgead.exporter.onnx_from_torch import onnx_from_torch, save_onnx
 from edgead.runtime.errors import EngineError
 
 pytest.importorskip("openvino")
@@ -15,10 +13,8 @@ from edgead.exporter.openvino_from_onnx import openvino_from_onnx
 
 
 @pytest.fixture(scope="module")
-def trunk(bank: FittedDetector, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("onnx")
-    save_onnx(onnx_from_torch(bank.trunk, (bank.spec.image,), bank.spec.features), folder, "trunk.onnx")
-    return folder / "trunk.onnx"
+def trunk(small_bundle: Path) -> Path:
+    return small_bundle / "engines/onnx-fp32/trunk.onnx"
 
 
 def converted(source: Path, folder: Path, precision: str) -> tuple[bytes, bytes]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from edgead.detector_file import FittedDetector
 from edgead.exporter.export import export_bundle
 from edgead.exporter.parity import TOLERANCE, check_parity, reference_of
+from edgead.runtime.bundle import open_bundle
 from edgead.runtime.engines import Engine, open_engine
 from edgead.runtime.errors import DetectorError, ParityError
 from edgead.runtime.knowledge import Pack
@@ -25,10 +26,9 @@ FULL = TOLERANCE["fp32"]
 
 
 @pytest.fixture(scope="module")
-def engine(bank: FittedDetector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def engine(small_bundle: Path) -> Iterator[Engine]:
     """The shared memory bank as an ONNX engine."""
-    bundle = export_bundle(bank, tmp_path_factory.mktemp("parity") / "bundle")
-    with open_engine(bundle) as opened:
+    with open_engine(open_bundle(small_bundle), "onnx:fp32") as opened:
         yield opened
 
 
@@ -143,8 +143,8 @@ def test_tolerances_are_tighter_the_more_bits_there_are() -> None:
     assert TOLERANCE["fp16"].map == 2e-2
 
 
-def test_the_golden_images_of_a_bundle_carry_what_torch_said(bank: FittedDetector, tmp_path: Path) -> None:
-    bundle = export_bundle(bank, tmp_path / "bundle")
+def test_the_golden_images_of_a_bundle_carry_what_torch_said(bank: FittedDetector, small_bundle: Path) -> None:
+    bundle = open_bundle(small_bundle)
     reference = reference_of(bank)
     images = bundle.golden_images()
     assert [record.score for record, _ in images] == pytest.approx(reference.scores.tolist())

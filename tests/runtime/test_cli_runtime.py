@@ -86,7 +86,7 @@ def test_json_has_one_line_per_frame_with_the_documented_keys(
 
 def test_people_get_a_line_per_image_and_a_summary(invoke: Invoke, tiny_bundle: Path, photos: Path) -> None:
     text = invoke(run, tiny_bundle, photos).stdout
-    assert "NG  score 122.1    threshold 30         1 region  " in text
+    assert "NG  score 140.7    threshold 30       1 region  " in text
     assert "--  image: " in text
     rows = dict(
         row.rsplit(maxsplit=1)

@@ -1,0 +1,167 @@
+"""`evaluate` on painted defects with a real engine, against figures computed from its own answers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from edgead.cli import main
+from edgead.runtime.errors import ImageError, InputError
+from edgead.runtime.image import encode_png, map_to_frame, read_image
+from edgead.runtime.inspection import Verdict
+from edgead.runtime.inspector import Inspector
+from edgead.server_side import datasets
+from edgead.server_side.evaluation import Evaluation, evaluate_bundle
+from edgead.server_side.evaluation_report import heat, html_report, outlined, text_table
+from edgead.server_side.painting import paint_defect, paint_part
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4 good parts, 4 with red stains and masks, 3 with faint dents and no masks; mixed sizes."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(5)
+    for kind, count in (("good", 4), ("stain", 4), ("dent", 3)):
+        (root / "test" / kind).mkdir(parents=True)
+        for index in range(count):
+            image = paint_part("flange", rng=rng, size=96 if index % 2 else 128).image
+            if kind == "stain":
+                image, mask = paint_defect(image, kind, size=0.3, contrast=1.0, colour=(210, 20, 30), rng=rng)
+                (root / "ground_truth" / kind).mkdir(parents=True, exist_ok=True)
+                cv2.imwrite(str(root / "ground_truth" / kind / f"{index:03d}_mask.png"), mask)
+            elif kind == "dent":
+                image, _ = paint_defect(image, kind, size=0.05, contrast=0.02, rng=rng)
+            (root / "test" / kind / f"{index:03d}.png").write_bytes(encode_png(image))
+    return root
+
+
+@pytest.fixture(scope="module")
+def evaluation(small_bundle: Path, data: Path) -> Evaluation:
+    return evaluate_bundle(small_bundle, data, target="onnx")
+
+
+def test_image_metrics_and_decisions_are_those_of_the_single_answers(evaluation: Evaluation) -> None:
+    everything, dent, stain, good = evaluation.kinds
+    assert [kind.kind for kind in evaluation.kinds] == ["all", "dent", "stain", "good"]
+    assert [kind.images for kind in evaluation.kinds] == [7, 3, 4, 4]
+    labels = [outcome.sample.anomalous for outcome in evaluation.outcomes]
+    assert everything.auroc == pytest.approx(roc_auc_score(labels, [o.score for o in evaluation.outcomes]))
+    assert stain.auroc == 1.0
+    missed = [o for o in evaluation.outcomes if o.sample.anomalous and o.score <= evaluation.threshold]
+    assert everything.wrong == len(missed) == dent.wrong + stain.wrong
+    alarms = [o for o in evaluation.outcomes if o.sample.kind == "good" and o.score > evaluation.threshold]
+    assert good.wrong == len(alarms)
+
+
+def test_pixels_are_compared_in_the_resolution_of_the_masks(
+    evaluation: Evaluation, small_bundle: Path, data: Path
+) -> None:
+    scores, truth = [], []
+    with Inspector(small_bundle, target="onnx") as inspector:
+        for sample in datasets.test_samples(data):
+            if sample.kind == "dent":
+                continue
+            frame = read_image(sample.path)
+            found = inspector.inspect(frame).anomaly_map
+            assert found is not None
+            scores.append(map_to_frame(found, frame.shape, inspector.spec.preprocessing).ravel())
+            truth.append(datasets.read_mask(sample, frame.shape).ravel())
+    exact = roc_auc_score(np.concatenate(truth), np.concatenate(scores))
+    everything, dent, stain, _ = evaluation.kinds
+    assert everything.pixel_auroc == pytest.approx(exact, abs=1e-4)
+    assert stain.pixel_auroc == everything.pixel_auroc, "only stains have masks"
+    assert stain.pro is not None
+    assert dent.pixel_auroc is None
+    assert evaluation.notes == ("no masks for dent: left out of the pixel metrics",)
+
+
+def test_no_map_is_kept(evaluation: Evaluation) -> None:
+    assert all(outcome.inspection.anomaly_map is None for outcome in evaluation.outcomes)
+
+
+def test_the_report_shows_each_miss_and_is_one_file(evaluation: Evaluation, small_bundle: Path, data: Path) -> None:
+    with Inspector(small_bundle, target="onnx") as inspector:
+        text = html_report(evaluation, inspector, "Flange <1>")
+    assert "Flange &lt;1&gt;" in text
+    misses = [o for o in evaluation.outcomes if o.sample.anomalous and o.inspection.verdict is Verdict.OK]
+    assert misses, "the faint dents are there to be missed"
+    assert all(f"{o.sample.kind}/{o.sample.path.name}" in text for o in misses[:6])
+    assert text.count("data:image/jpeg;base64,") >= 2 * len(misses[:6])
+    assert "http" not in text
+
+
+def test_the_table_has_a_line_for_each_type_and_says_what_was_not_measured(evaluation: Evaluation) -> None:
+    lines = text_table(evaluation).splitlines()
+    assert [line.split()[0] for line in lines[:5]] == ["type", "all", "dent", "stain", "good"]
+    assert lines[-1].startswith("no masks for dent")
+
+
+def test_the_command_writes_json_and_a_report(
+    small_bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "report.html"
+    words = ["evaluate", small_bundle, "--data", data, "--target", "onnx", "--limit", 2, "--json", "--html", page]
+    with pytest.raises(SystemExit) as end:
+        main([str(word) for word in words])
+    assert end.value.code == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["kinds"]["stain"]["images"] == 2
+    assert result["kinds"]["good"]["images"] == 2
+    assert result["engine"] == "onnx-fp32"
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_good_parts_alone_give_false_alarms_and_nothing_that_is_undefined(
+    small_bundle: Path, data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(data / "test" / "good", tmp_path / "test" / "good")
+    result = evaluate_bundle(small_bundle, tmp_path, target="onnx")
+    assert result.kinds[0].auroc is None
+    assert result.kinds[-1].images == 4
+    assert result.notes == ("no defects in the test set: only false alarms are measured",)
+    with Inspector(small_bundle, target="onnx") as inspector:
+        assert "NaN" not in html_report(result, inspector, "good only")
+
+
+def test_defects_alone_are_measured_without_false_alarms(small_bundle: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data / "test" / "stain", tmp_path / "test" / "stain")
+    result = evaluate_bundle(small_bundle, tmp_path, target="onnx")
+    assert result.kinds[0].auroc is None
+    assert result.kinds[-1].images == 0
+    assert any("no good images" in note for note in result.notes)
+    text_table(result)
+
+
+def test_a_damaged_image_is_named(small_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "test" / "good").mkdir(parents=True)
+    (tmp_path / "test" / "good" / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(ImageError, match=r"bad\.png"):
+        evaluate_bundle(small_bundle, tmp_path, target="onnx")
+
+
+def test_a_limit_below_one_is_refused(small_bundle: Path, data: Path) -> None:
+    with pytest.raises(InputError, match="limit"):
+        evaluate_bundle(small_bundle, data, limit=0)
+
+
+def test_the_outline_is_drawn_around_the_mask_and_the_frame_is_left_alone() -> None:
+    frame, mask = np.zeros((40, 40, 3), np.uint8), np.zeros((40, 40), np.bool_)
+    mask[10:20, 10:20] = True
+    drawn = outlined(frame, mask)
+    assert drawn[10, 15].any()
+    assert not drawn[15, 15].any()
+    assert not frame.any()
+
+
+def test_heat_is_brightest_where_the_map_reaches_the_threshold() -> None:
+    frame = np.full((2, 3, 3), 100, np.uint8)
+    shown = heat(frame, np.array([[0, 1, 2], [3, 4, 8]], np.float32), 4.0).astype(int).sum(2).ravel()
+    assert (np.diff(shown[:5]) > 0).all()
+    assert shown[4] == shown[5]
+    heat(frame, np.zeros((2, 3), np.float32), None)
