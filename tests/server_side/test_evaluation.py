@@ -52,7 +52,10 @@ def test_image_metrics_and_decisions_are_those_of_the_single_answers(evaluation:
     assert [kind.images for kind in evaluation.kinds] == [7, 3, 4, 4]
     labels = [outcome.sample.anomalous for outcome in evaluation.outcomes]
     assert everything.auroc == pytest.approx(roc_auc_score(labels, [o.score for o in evaluation.outcomes]))
-    assert stain.auroc == 1.0
+    chosen = [o for o in evaluation.outcomes if o.sample.kind in ("good", "stain")]
+    wanted = roc_auc_score([o.sample.anomalous for o in chosen], [o.score for o in chosen])
+    assert stain.auroc == pytest.approx(wanted)
+    assert wanted > 0.8
     missed = [o for o in evaluation.outcomes if o.sample.anomalous and o.score <= evaluation.threshold]
     assert everything.wrong == len(missed) == dent.wrong + stain.wrong
     alarms = [o for o in evaluation.outcomes if o.sample.kind == "good" and o.score > evaluation.threshold]
@@ -91,8 +94,9 @@ def test_the_report_shows_each_miss_and_is_one_file(evaluation: Evaluation, smal
     assert "Flange &lt;1&gt;" in text
     misses = [o for o in evaluation.outcomes if o.sample.anomalous and o.inspection.verdict is Verdict.OK]
     assert misses, "the faint dents are there to be missed"
-    assert all(f"{o.sample.kind}/{o.sample.path.name}" in text for o in misses[:6])
-    assert text.count("data:image/jpeg;base64,") >= 2 * len(misses[:6])
+    worst = sorted(misses, key=lambda outcome: outcome.score)[:6]
+    assert all(f"{o.sample.kind}/{o.sample.path.name}" in text for o in worst)
+    assert text.count("data:image/jpeg;base64,") >= 2 * len(worst)
     assert "http" not in text
 
 
