@@ -96,10 +96,10 @@ def read_mask(sample: Sample, shape: Sequence[int]) -> NDArray[np.bool_]:
     """A sample's mask, bool [H, W] of its image's size; all false for good parts.
 
     The defect is what is brighter than half of the mask's brightest pixel, so masks of 0 and 1, of 0 and 255,
-    and with soft edges mean the same.
+    and with soft edges mean the same. Published sets hold black masks too: nothing is marked then.
 
     Raises:
-        InputError: the mask has another size than the image, or marks nothing.
+        InputError: the mask has another size than the image.
         ImageError: it is no picture.
     """
     if sample.mask is None:
@@ -111,11 +111,5 @@ def read_mask(sample: Sample, shape: Sequence[int]) -> NDArray[np.bool_]:
             wanted=f"a mask of {shape[1]} x {shape[0]} pixels for {sample.path}",
             got=f"{mask.shape[1]} x {mask.shape[0]} in {sample.mask}",
             next_step="Draw the mask on the image itself.",
-        )
-    if not mask.any():
-        raise InputError(
-            wanted=f"the defect of {sample.path} marked in its mask",
-            got=f"a black picture: {sample.mask}",
-            next_step="Mark the defect, or move the image to test/good if it shows none.",
         )
     return mask

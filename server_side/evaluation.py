@@ -142,6 +142,7 @@ def _evaluate(inspector: Inspector, samples: Sequence[Sample]) -> Evaluation:
     outcomes: list[Outcome] = []
     masked = {sample.kind for sample in samples if sample.mask is not None}
     counters: dict[str, PixelCounter] = {}
+    unmarked: list[Sample] = []
     with Progress("inspecting", len(samples)) as progress:
         for sample in progress.track(samples):
             frame = read_image(sample.path)
@@ -154,8 +155,13 @@ def _evaluate(inspector: Inspector, samples: Sequence[Sample]) -> Evaluation:
                 )
             found = inspection.anomaly_map
             if found is not None and masked and (sample.mask is not None or not sample.anomalous):
-                full = map_to_frame(found, frame.shape, inspector.spec.preprocessing)
-                counters.setdefault(sample.kind, PixelCounter()).add(full, read_mask(sample, frame.shape))
+                mask = read_mask(sample, frame.shape)
+                # A defect that nobody marked is no normal picture either: its pixels count for nothing.
+                if sample.anomalous and not mask.any():
+                    unmarked.append(sample)
+                else:
+                    full = map_to_frame(found, frame.shape, inspector.spec.preprocessing)
+                    counters.setdefault(sample.kind, PixelCounter()).add(full, mask)
             # A map is large and there may be thousands of frames: it is counted, not kept.
             outcomes.append(Outcome(sample, replace(inspection, anomaly_map=None)))
     first = outcomes[0].inspection
@@ -169,7 +175,7 @@ def _evaluate(inspector: Inspector, samples: Sequence[Sample]) -> Evaluation:
             stage: float(np.median([outcome.inspection.timings.get(stage, 0.0) for outcome in outcomes]))
             for stage in first.timings
         },
-        notes=tuple(_notes(samples, with_map=inspector.spec.has_map)),
+        notes=tuple(_notes(samples, unmarked, with_map=inspector.spec.has_map)),
     )
 
 
@@ -194,7 +200,7 @@ def _pixels(counters: Mapping[str, PixelCounter], kinds: Sequence[str]) -> Pixel
     return total
 
 
-def _notes(samples: Sequence[Sample], *, with_map: bool) -> Iterator[str]:
+def _notes(samples: Sequence[Sample], unmarked: Sequence[Sample], *, with_map: bool) -> Iterator[str]:
     kinds = {sample.kind for sample in samples}
     if GOOD not in kinds:
         yield "no good images in the test set: image AUROC and false alarms are not defined"
@@ -205,6 +211,9 @@ def _notes(samples: Sequence[Sample], *, with_map: bool) -> Iterator[str]:
     unmasked = sorted({sample.kind for sample in samples if sample.anomalous and sample.mask is None})
     if unmasked and with_map:
         yield f"no masks for {', '.join(unmasked)}: left out of the pixel metrics"
+    if unmarked:
+        first = f"{unmarked[0].kind}/{unmarked[0].path.name}"
+        yield f"{len(unmarked)} masks mark nothing (first: {first}): left out of the pixel metrics"
 
 
 def _kind_result(

@@ -12,7 +12,7 @@ import click
 @click.option(
     "-o",
     "--output",
-    default=Path("edgead-demo"),
+    default=Path("demo-output"),
     show_default=True,
     type=click.Path(path_type=Path),
     help="The folder to write: pictures, detectors, bundle, report.html.",
@@ -22,7 +22,7 @@ import click
 @click.option(
     "--images",
     type=click.IntRange(6, 2000),
-    default=60,
+    default=80,
     show_default=True,
     help="Good parts to learn from, for each of the two products.",
 )

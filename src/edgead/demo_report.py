@@ -47,8 +47,9 @@ h1{font-size:clamp(1.7rem,4.5vw,2.6rem);letter-spacing:-.02em;max-width:22ch;mar
 .tags{display:inline-block;font-weight:600;color:#1a2733;margin-right:6px}
 .tree{font-size:.85rem}.tree td:first-child{font-family:ui-monospace,SFMono-Regular,Menlo,monospace}
 .note{font-size:.9rem;color:#667785}
-.panel+.panel,.panel+.row,.row+.panel{margin-top:16px}
-.panel svg{min-width:min(100%,560px)}
+.wide svg{min-width:640px}
+.plots{display:flex;flex-wrap:wrap;gap:16px;margin:16px 0}.plots .panel{flex:1 1 300px;padding:18px}
+.plots svg{margin:0 auto;width:100%;max-width:480px}.plots .panel:last-child svg{max-width:330px}
 footer{margin-top:56px;color:#667785;font-size:.88rem;border-top:1px solid #dde4ea;padding-top:16px}
 @media(max-width:640px){
 .step{grid-template-columns:1fr}.step .arrow{max-width:none}.step .arrow i{transform:rotate(90deg)}
@@ -168,7 +169,7 @@ def _update(result: DemoResult) -> str:
     return "".join(
         [
             "<h2>The update, frame by frame</h2>",
-            f'<div class="panel">{svg_timeline(live)}</div>',
+            f'<div class="panel wide">{svg_timeline(live)}</div>',
             '<p class="note" style="margin-top:12px">Each dot is a frame that the running inspector answered. It '
             f"never paused: {len(live.seen)} frames, {live.lost} lost, {live.during_swap} of them while the knowledge "
             f"changed (the slowest took {slowest * 1e3:.0f} ms; {usual * 1e3:.0f} ms is usual while the same cores "
@@ -192,9 +193,12 @@ def _gallery(result: DemoResult, folder: Path, inspector: Inspector) -> str:
         parts += [f"<h3>{product.capitalize()}</h3>", '<div class="shots">']
         outcomes = result.evaluations[product].outcomes
         for kind in ("good", *KINDS):
-            parts.append(
-                _pair(_typical([o for o in outcomes if o.sample.kind == kind], kind), inspector, product, kind)
-            )
+            parts.append(_pair(_typical([o for o in outcomes if o.sample.kind == kind]), inspector, product, kind))
+        found = [o for o in outcomes if o.sample.anomalous and o.inspection.verdict is Verdict.NG]
+        if found:
+            faintest = min(found, key=lambda outcome: outcome.score)
+            label = f"the faintest that it finds: {faintest.sample.kind}"
+            parts.append(_pair(faintest, inspector, product, label))
         parts.append("</div>")
     wrong = [
         (product, outcome)
@@ -206,7 +210,7 @@ def _gallery(result: DemoResult, folder: Path, inspector: Inspector) -> str:
         parts.append("<p>On these test sets: nowhere at the calibrated threshold.</p>")
     else:
         parts += [
-            "<p>The faintest defects and the oddest good parts, at the calibrated threshold.</p>",
+            "<p>The clearest mistakes on the test sets, at the calibrated threshold: faint defects, odd good parts.</p>",
             '<div class="shots">',
             *(
                 _pair(
@@ -222,9 +226,9 @@ def _gallery(result: DemoResult, folder: Path, inspector: Inspector) -> str:
     return "".join(parts)
 
 
-def _typical(outcomes: Sequence[Outcome], kind: str) -> Outcome:
+def _typical(outcomes: Sequence[Outcome]) -> Outcome:
     """The middle one by score among those that were judged rightly, or among all."""
-    right = [o for o in outcomes if (o.inspection.verdict is Verdict.NG) == (kind != "good")] or list(outcomes)
+    right = [o for o in outcomes if (o.inspection.verdict is Verdict.NG) == o.sample.anomalous] or list(outcomes)
     return sorted(right, key=lambda outcome: outcome.score)[len(right) // 2]
 
 
@@ -245,12 +249,12 @@ def _pair(outcome: Outcome, inspector: Inspector, product: str, label: str) -> s
     picture = overlay(frame, inspection, inspector.spec.preprocessing)
     # The strip under the picture would make the two sides unequal; its figures stand in the caption.
     picture = picture[: round(frame.shape[0] * picture.shape[1] / frame.shape[1])]
-    score = inspection.normalised if inspection.normalised is not None else 0.0
+    share = (inspection.score or 0.0) / max(inspection.threshold, 1e-9)
     alt = escape(f"{product}: {label}", quote=True)
     return (
         f'<div class="shot"><div><img src="{data_uri(frame)}" alt="{alt}"><img src="{data_uri(picture)}" alt="{alt}, '
         f'as inspected"></div><p><span class="tags">{escape(label)}</span>{verdict_word(inspection.verdict)} '
-        f"&nbsp;score {score:.2f}, threshold 0.50</p></div>"
+        f"&nbsp;score {share:.2f} x the threshold</p></div>"
     )
 
 
@@ -268,7 +272,7 @@ def _measured(result: DemoResult) -> str:
         parts += [
             f"<h3>{product.capitalize()}</h3>",
             table(HEAD, rows(evaluation)),
-            '<div class="row" style="margin-top:16px">',
+            '<div class="plots">',
             f'<div class="panel">{svg_histogram(groups, evaluation.threshold, "Image scores")}</div>',
             f'<div class="panel">{svg_roc(curves, "ROC by kind of defect")}</div></div>',
         ]
@@ -305,7 +309,7 @@ def _engines(result: DemoResult) -> str:
             "<p>One export, one knowledge pack, the same verdicts. An engine that differs from torch by more than its "
             "precision allows on golden pictures fails the export.</p>",
             table(head, lines),
-            f'<div class="panel" style="margin-top:16px">{svg_bars(bars, "ms", "Milliseconds by stage")}</div>',
+            f'<div class="panel wide" style="margin-top:16px">{svg_bars(bars, "ms", "Milliseconds by stage")}</div>',
             *(f'<p class="note" style="margin-top:12px">{escape(note)}</p>' for note in notes),
         ]
     )

@@ -19,7 +19,7 @@ from edgead.demo_live import KINDS as LINE_KINDS
 from edgead.demo_live import LiveUpdate, Shown, teach_while_running
 from edgead.detector_file import FittedDetector
 from edgead.exporter.export import export_bundle
-from edgead.runtime.bundle import Bundle, write_bundle
+from edgead.runtime.bundle import Bundle, open_bundle, write_bundle
 from edgead.runtime.engines import available_threads, is_available
 from edgead.runtime.errors import FailureError, InputError, ParityError
 from edgead.runtime.files import new_folder, refuse_existing, write_file
@@ -50,7 +50,7 @@ class DemoOptions:
         seconds: how long the line runs before and after the update.
     """
 
-    images: int = 60
+    images: int = 80
     size: int = 256
     backbone: str = "embedded"
     seed: int = 0
@@ -176,6 +176,7 @@ def run_demo(
             live = _teach(folder, bundle, options.seconds)
             (folder / "knowledge").mkdir()
             write_pack(folder / "knowledge" / f"{BATCH}-new-batch.safetensors", live.after)
+            open_bundle(bundle.path)  # every digest again: the update touched no file of the bundle
             _told(live, note)
         with _step(6, "writing the report", seconds, log):
             seconds["total"] = time.perf_counter() - start

@@ -169,3 +169,17 @@ def test_heat_is_brightest_where_the_map_reaches_the_threshold() -> None:
     assert (np.diff(shown[:5]) > 0).all()
     assert shown[4] == shown[5]
     heat(frame, np.zeros((2, 3), np.float32), None)
+
+
+def test_a_defect_that_nobody_marked_counts_in_the_images_and_not_in_the_pixels(
+    small_bundle: Path, data: Path, evaluation: Evaluation, tmp_path: Path
+) -> None:
+    shutil.copytree(data, tmp_path / "set")
+    mask = tmp_path / "set" / "ground_truth" / "stain" / "000_mask.png"
+    cv2.imwrite(str(mask), np.zeros_like(cv2.imread(str(mask))))
+    result = evaluate_bundle(small_bundle, tmp_path / "set", target="onnx")
+    assert any("stain/000.png" in note for note in result.notes)
+    before, after = evaluation.kinds[0], result.kinds[0]
+    assert after.images == before.images
+    assert after.auroc == before.auroc
+    assert after.pixel_auroc != before.pixel_auroc
