@@ -17,12 +17,13 @@ from edgead.runtime.spec import ParityFigures, Port, Precision, Tolerance
 
 TOLERANCE: dict[Precision, Tolerance] = {
     "fp32": Tolerance(score=1e-4, map=1e-4),
-    "fp16": Tolerance(score=2e-2, map=2e-2),
+    "fp16": Tolerance(score=1e-2, map=1e-2),
 }
 """Largest difference from torch, as a share of the reference maps' range over the golden images.
 
-float16 keeps 11 significant bits, and a distance is a small difference of two large rows: trunks of some 50
-layers were seen to leave differences of 1e-3 to 1e-2 of the range. In float32 they are some 1e-6.
+Seen over trunks of 3 to 50 layers, on photographs and on noise: up to 2e-6 in fp32 and 1e-3 in fp16, on
+processors, which add up in float32. The tenfold room in fp16 is for GPUs that add up in less; what is off by
+1 % of the range is no longer rounding.
 """
 COIN_TOSS = 0.1
 """Share of the score tolerance: closer to the threshold than this, a changed verdict is counted, not refused."""

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from edgead.runtime.inspection import DefectRegion, Inspection, Verdict
     from edgead.runtime.inspector import Inspector
     from edgead.runtime.knowledge import Pack, decode_pack, encode_pack, new_pack, read_pack, write_pack
-    from edgead.runtime.overlay import overlay
     from edgead.runtime.preprocess import prepare
 
 _HOME = {
@@ -30,7 +29,6 @@ _HOME = {
     "Engine": "engines",
     "Session": "engines",
     "open_engine": "engines",
-    "overlay": "overlay",
     "prepare": "preprocess",
     "read_image": "image",
     "DefectRegion": "inspection",
@@ -59,7 +57,6 @@ __all__ = [
     "new_pack",
     "open_bundle",
     "open_engine",
-    "overlay",
     "prepare",
     "read_image",
     "read_pack",

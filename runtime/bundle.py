@@ -185,12 +185,7 @@ class Bundle:
         except EdgeadError as error:
             raise _unreadable(REFERENCE, error) from error
         maps = arrays.get("anomaly_map")
-        if (
-            maps is None
-            or maps.dtype != np.float32
-            or maps.ndim != 3
-            or len(maps) != len(self.manifest.golden)
-        ):
+        if maps is None or maps.dtype != np.float32 or maps.ndim != 3 or len(maps) != len(self.manifest.golden):
             refuse("one float32 anomaly map per golden frame", f"something else in {REFERENCE}")
         return maps
 
@@ -313,8 +308,7 @@ def write_bundle(
         default=default if default is not None else next(iter(packs), ""),
         golden=tuple(golden),
         files={
-            member: FileRecord(len(data), hashlib.sha256(data).hexdigest())
-            for member, data in sorted(contents.items())
+            member: FileRecord(len(data), hashlib.sha256(data).hexdigest()) for member, data in sorted(contents.items())
         },
     )
     check_manifest(manifest)
@@ -380,9 +374,7 @@ def _unknown(what: str, name: str, known: Sequence[str]) -> BundleError:
 
 
 def _unreadable(name: str, error: EdgeadError) -> BundleError:
-    return BundleError(
-        wanted=f"a readable {name!r} in the bundle", got=str(error), next_step="Export the bundle anew."
-    )
+    return BundleError(wanted=f"a readable {name!r} in the bundle", got=str(error), next_step="Export the bundle anew.")
 
 
 __all__ = ["SUFFIX", "Bundle", "golden_files", "open_bundle", "write_bundle"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,7 @@ def find_evidence(
     return tuple(found)
 
 
+@lru_cache(maxsize=64)
 def patch_grid(patches: int, spec: Preprocessing) -> tuple[int, int] | None:
     """Rows and columns of a grid of `patches` over the engine's frame; None if its shape does not tell.
 

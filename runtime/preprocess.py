@@ -39,9 +39,7 @@ def check_frame(frame: NDArray[np.generic], spec: Preprocessing) -> None:
         )
     height, width = _rotated_shape(frame.shape, spec)
     if not height or not width:
-        raise ImageError(
-            wanted="a frame with pixels", got=f"{list(frame.shape)}", next_step="Check the camera."
-        )
+        raise ImageError(wanted="a frame with pixels", got=f"{list(frame.shape)}", next_step="Check the camera.")
     roi = spec.roi
     if roi is not None and (roi.x + roi.width > width or roi.y + roi.height > height):
         raise ImageError(
@@ -151,9 +149,7 @@ def to_frame(box: Region, map_shape: Shape, frame_shape: Shape, spec: Preprocess
     return _unrotated(inside, frame_shape, spec)
 
 
-def map_to_frame(
-    anomaly_map: NDArray[np.float32], frame_shape: Shape, spec: Preprocessing
-) -> NDArray[np.float32]:
+def map_to_frame(anomaly_map: NDArray[np.float32], frame_shape: Shape, spec: Preprocessing) -> NDArray[np.float32]:
     """The map in the resolution and orientation of the source frame: float32 [H, W].
 
     Outside the region of interest it is the map's minimum: nothing was looked at there.

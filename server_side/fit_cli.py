@@ -47,9 +47,7 @@ def fit(normal: Path, output: Path, force: bool, as_json: bool, **words: Any) ->
 def fit_from_options(normal: Path, output: Path, *, force: bool = False, **words: Any) -> Any:
     """Fit as the words of `fit_options` say; see `edgead.server_side.fitting.fit_memory_bank`."""
     check_method(words["method"])
-    preprocessing = parse_preprocessing(
-        words["size"], words["roi"], words["tiles"], words["overlap"], words["rotate"]
-    )
+    preprocessing = parse_preprocessing(words["size"], words["roi"], words["tiles"], words["overlap"], words["rotate"])
     samples = anomalous_samples(words["anomalous"])
     # torch comes with this import, so mistakes in the options are told before it
     from edgead.server_side.fitting import FitOptions, fit_memory_bank

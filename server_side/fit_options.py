@@ -34,15 +34,9 @@ def fit_options(command: Command) -> Command:
         click.option("--size", default="256", show_default=True, help="Engine frame: SIDE or WIDTHxHEIGHT."),
         click.option("--roi", help="Region of interest in pixels of the rotated frame: X,Y,WIDTH,HEIGHT."),
         click.option("--tiles", help="Tiles over the region of interest: COLUMNSxROWS."),
-        click.option(
-            "--overlap", default=0.1, show_default=True, help="Share that neighbouring tiles overlap."
-        ),
-        click.option(
-            "--rotate", type=click.Choice(["0", "90", "180", "270"]), default="0", show_default=True
-        ),
-        click.option(
-            "--rows", type=click.IntRange(1), help="Rows of the memory bank; 1 % of all if left out."
-        ),
+        click.option("--overlap", default=0.1, show_default=True, help="Share that neighbouring tiles overlap."),
+        click.option("--rotate", type=click.Choice(["0", "90", "180", "270"]), default="0", show_default=True),
+        click.option("--rows", type=click.IntRange(1), help="Rows of the memory bank; 1 % of all if left out."),
         click.option(
             "--neighbours",
             type=click.IntRange(0),
@@ -77,9 +71,7 @@ def parse_layers(text: str | None) -> tuple[str | int, ...] | None:
     return tuple(int(part) if part.isdecimal() else part for part in parts)
 
 
-def parse_preprocessing(
-    size: str, roi: str | None, tiles: str | None, overlap: float, rotate: str
-) -> Preprocessing:
+def parse_preprocessing(size: str, roi: str | None, tiles: str | None, overlap: float, rotate: str) -> Preprocessing:
     """The declared preprocessing from the words of the command line.
 
     Raises:
@@ -103,9 +95,7 @@ def parse_preprocessing(
     if tiles is not None:
         columns, rows = _numbers("--tiles", tiles, "x", (2,), "3x2", lowest=1)
         if columns > 64 or rows > 64 or not 0 <= overlap <= 0.5:
-            raise InputError(
-                wanted="at most 64x64 tiles that overlap by 0 to 0.5", got=f"{tiles}, overlap {overlap}"
-            )
+            raise InputError(wanted="at most 64x64 tiles that overlap by 0 to 0.5", got=f"{tiles}, overlap {overlap}")
         tiling = Tiling(columns, rows, overlap)
     return Preprocessing(width, height, int(rotate), region, tiling)  # type: ignore[arg-type]
 
@@ -115,9 +105,7 @@ def _numbers(
 ) -> tuple[int, ...]:
     parts = text.split(separator)
     if len(parts) not in counts or not all(part.strip().isdecimal() for part in parts):
-        raise InputError(
-            wanted=f"{option} such as {example}", got=f"'{text}'", next_step="Write it like that."
-        )
+        raise InputError(wanted=f"{option} such as {example}", got=f"'{text}'", next_step="Write it like that.")
     numbers = tuple(int(part) for part in parts)
     if min(numbers) < lowest or max(numbers) > 65536:
         raise InputError(wanted=f"{option} with numbers from {lowest} to 65536", got=f"'{text}'")

@@ -35,9 +35,7 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"
             module = node.module or ""
-            names.update(f"edgead.{alias.name}" for alias in node.names) if module == "edgead" else names.add(
-                module
-            )
+            names.update(f"edgead.{alias.name}" for alias in node.names) if module == "edgead" else names.add(module)
     return names
 
 
@@ -74,9 +72,7 @@ def test_the_runtime_names_no_heavy_package() -> None:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_no_module_passes_400_lines(room: str) -> None:
-    long = {
-        str(path.relative_to(ROOT)): n for path in modules(room) if (n := len(path.open().readlines())) > 400
-    }
+    long = {str(path.relative_to(ROOT)): n for path in modules(room) if (n := len(path.open().readlines())) > 400}
     assert not long
 
 
@@ -90,15 +86,8 @@ def test_the_project_speaks_of_itself_alone() -> None:
     private = re.compile(r"/(?:work|root|home)/[a-z]")
     for path in ROOT.rglob("*"):
         parts = path.relative_to(ROOT).parts
-        if (
-            parts[0].startswith((".venv", ".git", ".mypy", ".ruff", ".pytest", ".hypothesis"))
-            or "build" in parts
-        ):
+        if parts[0].startswith((".venv", ".git", ".mypy", ".ruff", ".pytest", ".hypothesis")) or "build" in parts:
             continue
-        if (
-            path.is_file()
-            and not path.is_symlink()
-            and path.suffix in {".py", ".md", ".toml", ".json", ".yml", ""}
-        ):
+        if path.is_file() and not path.is_symlink() and path.suffix in {".py", ".md", ".toml", ".json", ".yml", ""}:
             text = path.read_text(errors="ignore")
             assert not private.search(text), path.relative_to(ROOT)

@@ -201,9 +201,7 @@ def open_engine(
     if not is_available(record.target):
         extra = {"onnx": "onnx", "openvino": "openvino", "tensorrt": "tensorrt-rtx"}[record.target]
         raise missing_dependency(libraries[0], extra, f"the engine '{record.name}'")
-    engine: Engine = getattr(importlib.import_module(module_name), class_name)(
-        bundle, record, threads, device
-    )
+    engine: Engine = getattr(importlib.import_module(module_name), class_name)(bundle, record, threads, device)
     return engine
 
 
@@ -222,9 +220,7 @@ def default_record(bundle: Bundle) -> EngineRecord:
             got="an environment without any of them",
             next_step="Run: pip install edgead 'edgead[openvino]'",
         )
-    return min(
-        usable, key=lambda record: (_PREFERENCE.index(record.target), record.precision != "fp32", record.name)
-    )
+    return min(usable, key=lambda record: (_PREFERENCE.index(record.target), record.precision != "fp32", record.name))
 
 
 def _usable(record: EngineRecord) -> bool:
@@ -241,8 +237,7 @@ def is_available(target: str) -> bool:
 def with_batch(ports: tuple[Port, ...], batch: int) -> tuple[Port, ...]:
     """The ports with the symbol `B` replaced by a number."""
     return tuple(
-        Port(port.name, port.dtype, tuple(batch if size == "B" else size for size in port.shape))
-        for port in ports
+        Port(port.name, port.dtype, tuple(batch if size == "B" else size for size in port.shape)) for port in ports
     )
 
 

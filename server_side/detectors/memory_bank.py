@@ -111,9 +111,7 @@ class MemoryBankHead(nn.Module):
         neighbours: the paper's b; 0 leaves re-weighting out.
     """
 
-    def __init__(
-        self, grid: tuple[int, int], size: tuple[int, int], sigma: float = 4.0, neighbours: int = 0
-    ) -> None:
+    def __init__(self, grid: tuple[int, int], size: tuple[int, int], sigma: float = 4.0, neighbours: int = 0) -> None:
         super().__init__()
         self.up_rows: Tensor
         self.up_columns: Tensor
@@ -215,9 +213,7 @@ def memory_bank_ports(
             rows="bank.normal.rows",
             min_rows=max(neighbours, 1),
         ),
-        KnowledgePort(
-            "bank.anomalous", "float32", ("M", dimensions), rows="bank.anomalous.rows", empty_ok=True
-        ),
+        KnowledgePort("bank.anomalous", "float32", ("M", dimensions), rows="bank.anomalous.rows", empty_ok=True),
         KnowledgePort("anomalous.weight", "float32", (1,)),
     )
     outputs = (

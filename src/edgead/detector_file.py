@@ -109,9 +109,7 @@ def detector_spec(
         features=features,
         knowledge=knowledge,
         outputs=outputs,
-        fingerprint=fingerprint_of(
-            weights=weights_digest(trunk), preprocessing=preprocessing, features=features
-        ),
+        fingerprint=fingerprint_of(weights=weights_digest(trunk), preprocessing=preprocessing, features=features),
     )
 
 
@@ -211,9 +209,7 @@ def read_detector(path: Path) -> FittedDetector:
     return FittedDetector(spec=spec, trunk=trunk, head=head, pack=pack, golden=golden, card=card)
 
 
-def export_programs(
-    trunk: nn.Module, head: nn.Module, spec: DetectorSpec
-) -> tuple[ExportedProgram, ExportedProgram]:
+def export_programs(trunk: nn.Module, head: nn.Module, spec: DetectorSpec) -> tuple[ExportedProgram, ExportedProgram]:
     """Trace both modules with `torch.export`, batch and row counts dynamic, and check their borders.
 
     Raises:
@@ -243,8 +239,7 @@ def _export(
     generator = torch.Generator().manual_seed(0)
     arguments = tuple(_example(port, examples, generator) for port in inputs)
     dynamic = tuple(
-        {axis: symbols[size] for axis, size in enumerate(port.shape) if isinstance(size, str)}
-        for port in inputs
+        {axis: symbols[size] for axis, size in enumerate(port.shape) if isinstance(size, str)} for port in inputs
     )
     with torch.inference_mode():
         result = _attempt(lambda: module(*arguments), f"a {part} that accepts {_shapes(inputs)}")
@@ -278,9 +273,7 @@ def _example(port: Port, sizes: Mapping[str, int], generator: torch.Generator) -
     return torch.rand(shape, generator=generator).to(_TORCH[port.dtype])
 
 
-def _check_outputs(
-    got: tuple[torch.Tensor, ...], ports: tuple[Port, ...], sizes: Mapping[str, int], part: str
-) -> None:
+def _check_outputs(got: tuple[torch.Tensor, ...], ports: tuple[Port, ...], sizes: Mapping[str, int], part: str) -> None:
     if len(got) != len(ports):
         raise DetectorError(
             wanted=f"{len(ports)} outputs of the {part}: {', '.join(port.name for port in ports)}",

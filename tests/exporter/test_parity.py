@@ -140,7 +140,7 @@ def test_an_engine_that_answers_nan_never_passes(bank: FittedDetector, engine: E
 
 def test_tolerances_are_tighter_the_more_bits_there_are() -> None:
     assert msgspec.to_builtins(FULL) == {"score": 1e-4, "map": 1e-4}
-    assert TOLERANCE["fp16"].map == 2e-2
+    assert FULL.map < TOLERANCE["fp16"].map <= 1e-2
 
 
 def test_the_golden_images_of_a_bundle_carry_what_torch_said(bank: FittedDetector, small_bundle: Path) -> None:

@@ -71,7 +71,7 @@ def test_without_compute_capabilities_the_device_gets_source_and_recipe(
 def test_the_source_of_a_plan_is_held_against_torch_even_where_no_gpu_is(tensorrt_bundle: Path) -> None:
     report = msgspec.json.decode(open_bundle(tensorrt_bundle).read("parity.json"))
     source = report["engines"]["tensorrt-fp16"]["source"]
-    assert 0 < source["parity"]["map"] < 2e-2
+    assert 0 < source["parity"]["map"] < 1e-2
     # Banks are padded to the capacity there, and padded rows change nothing.
     assert source["head"]["map"] < 1e-5
 

@@ -78,9 +78,7 @@ def test_reweighting_is_equation_7(sample: tuple[Array, Array, Array]) -> None:
 
 @pytest.mark.parametrize("filler", [0.0, 1e4])
 @pytest.mark.parametrize("neighbours", [0, 9])
-def test_padded_rows_change_nothing(
-    sample: tuple[Array, Array, Array], filler: float, neighbours: int
-) -> None:
+def test_padded_rows_change_nothing(sample: tuple[Array, Array, Array], filler: float, neighbours: int) -> None:
     patches, normal, anomalous = sample
     exact = run(head(neighbours), patches, normal, anomalous)
     padded = run(head(neighbours), patches, normal, anomalous, pad=30, filler=filler)

@@ -60,9 +60,7 @@ def test_more_contrast_is_more_change_and_the_same_shape(kind: str) -> None:
     change = []
     masks = []
     for contrast in (0.15, 0.5, 1.0):
-        image, mask = paint_defect(
-            part.image, kind, size=0.2, place=(0.75, 0.6), contrast=contrast, rng=rng(5)
-        )
+        image, mask = paint_defect(part.image, kind, size=0.2, place=(0.75, 0.6), contrast=contrast, rng=rng(5))
         change.append(np.abs(image.astype(int) - part.image)[mask > 0].mean())
         masks.append(mask)
     assert change[0] > 0.5
@@ -86,9 +84,7 @@ def test_size_and_place_are_obeyed_on_a_picture_of_any_shape(kind: str) -> None:
 @pytest.mark.parametrize("kind", DEFECTS)
 def test_a_colour_pulls_the_defect_towards_it(kind: str) -> None:
     grey = np.full((160, 160, 3), 120, np.uint8)
-    image, mask = paint_defect(
-        grey, kind, size=0.3, place=(0.5, 0.5), colour=(230, 20, 20), contrast=1.0, rng=rng(3)
-    )
+    image, mask = paint_defect(grey, kind, size=0.3, place=(0.5, 0.5), colour=(230, 20, 20), contrast=1.0, rng=rng(3))
     red, green, _ = image[mask > 0].astype(float).mean(0)
     assert red > green + 10
 
