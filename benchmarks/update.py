@@ -11,6 +11,7 @@ such update: its way is another export of the whole model, which is measured bes
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 import threading
 import time
@@ -92,7 +93,7 @@ def _bytes(pack: Pack, taught: Pack) -> dict[str, int]:
 
 
 def _stream(inspector: Inspector, pack: Pack, taught: Pack, swaps: int) -> dict[str, Any]:
-    frames = [frame for frame in painted(6, seed=9, defects=True)]
+    frames = list(painted(6, seed=9, defects=True))
     expected = _expected(inspector, (taught, pack), frames)
     answers: list[tuple[int, float, float, Inspection]] = []
     failures: list[Exception] = []
@@ -132,7 +133,7 @@ def _stream(inspector: Inspector, pack: Pack, taught: Pack, swaps: int) -> dict[
         abs((result.score or 0.0) - expected[result.knowledge][frame]) > SAME * expected[result.knowledge][frame]
         for frame, _, _, result in answers
     )
-    gaps = [after[2] - before[2] for before, after in zip(answers, answers[1:], strict=False)]
+    gaps = [after[2] - before[2] for before, after in itertools.pairwise(answers)]
     during = [
         gap
         for gap, answer in zip(gaps, answers[1:], strict=True)

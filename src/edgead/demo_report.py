@@ -210,7 +210,7 @@ def _gallery(result: DemoResult, folder: Path, inspector: Inspector) -> str:
         parts.append("<p>On these test sets: nowhere at the calibrated threshold.</p>")
     else:
         parts += [
-            "<p>The clearest mistakes on the test sets, at the calibrated threshold: faint defects, odd good parts.</p>",
+            "<p>The clearest mistakes on the test sets at the calibrated threshold: faint defects, odd good parts.</p>",
             '<div class="shots">',
             *(
                 _pair(
