@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -93,8 +94,12 @@ def _environment(folder: Path) -> Path:
     if not python.exists():
         note("installing edgead without extras ...")
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        install = [python, "-m", "pip", "install", "--quiet", "--no-compile", ROOT]
-        subprocess.run(install, check=True)
+        with tempfile.TemporaryDirectory(prefix="edgead-source-") as scratch:
+            # pip builds in the tree that it is given; this one is to stay as it is.
+            tree = Path(scratch) / "edgead"
+            left = shutil.ignore_patterns(".*", "build", "*.egg-info", "demo-output", "__pycache__")
+            shutil.copytree(ROOT, tree, symlinks=True, ignore=left)
+            subprocess.run([python, "-m", "pip", "install", "--quiet", tree], check=True)
     return python
 
 

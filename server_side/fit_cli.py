@@ -41,6 +41,9 @@ def fit(normal: Path, output: Path, force: bool, as_json: bool, **words: Any) ->
     click.echo(f"  bank        {bank['normal_rows']} rows x {bank['dimensions']}")
     click.echo(f"  threshold   {detector.pack.calibration.threshold:.4g}")
     click.echo(f"  {detector.card['calibration']}")
+    unusual = ", ".join(f"{item['image']} ({item['score']:.4g})" for item in detector.card["most_unusual"])
+    click.echo(f"  most unusual of the held-out photographs: {unusual}")
+    click.echo("  look at them: a bad part among the good ones raises the threshold and hides defects")
     click.echo(f"next: edgead export {output} --target onnx -o {output.with_suffix('.bundle').name}")
 
 

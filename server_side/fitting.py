@@ -40,6 +40,8 @@ HOLD_OUT_FROM = 25
 GOLDEN = 4
 """Golden frames of normal parts; as many again get a painted defect, so both verdicts are tested."""
 FEWEST_ROWS, MOST_ROWS = 2_000, 10_000
+UNUSUAL = 3
+"""Held-out images with the highest scores that the card names."""
 MOST_ANOMALOUS_ROWS = 2_000
 """Rows of the anomalous bank; more patches than that are represented by their coreset."""
 DEFAULT_PREPROCESSING = Preprocessing(256, 256)
@@ -163,7 +165,7 @@ def learn_memory_bank(
     if any(mask is None for _, mask in anomalous):
         known = work.farthest(calibration_paths, bank, left_out)
     defects = work.anomalous_rows(anomalous, bank, known)
-    scores, maxima = work.held_out(calibration_paths, bank, defects, left_out)
+    scored, scores, maxima = work.held_out(calibration_paths, bank, defects, left_out)
     calibration = calibrate(scores, maxima, false_alarm_rate=chosen.false_alarm_rate)
     pack = new_pack(
         product=chosen.product,
@@ -177,6 +179,9 @@ def learn_memory_bank(
     )
     golden = work.golden(calibration_paths)
     card = work.card(paths, bank, defects, calibration, held)
+    # One bad part among the good ones raises the threshold; these are the first to look at.
+    highest = np.argsort(-scores, kind="stable")[:UNUSUAL]
+    card["most_unusual"] = [{"image": scored[i].name, "score": float(scores[i])} for i in highest]
     return Learned(work.trunk, work.head, work.spec, pack, golden, card)
 
 
@@ -274,18 +279,19 @@ class _Work:
         bank: NDArray[np.float32],
         anomalous: NDArray[np.float32],
         sources: NDArray[np.int64] | None,
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Image scores and map maxima [n]; with `sources`, each image is scored without its own rows."""
-        scores, maxima = [], []
+    ) -> tuple[list[Path], NDArray[np.float32], NDArray[np.float32]]:
+        """Images, their scores and map maxima [n]; with `sources`, each is scored without its own rows."""
+        scored, scores, maxima = [], [], []
         with Progress("calibrating on held-out images", len(paths)) as progress:
             for place, path in enumerate(progress.track(paths)):
                 rows = bank if sources is None else bank[sources != place]
                 if len(rows) <= self.options.neighbours:
                     continue
                 score, anomaly_map = self.score(self.embed(read_image(path)), rows, anomalous)
+                scored.append(path)
                 scores.append(score)
                 maxima.append(float(anomaly_map.max()))
-        return np.array(scores, np.float32), np.array(maxima, np.float32)
+        return scored, np.array(scores, np.float32), np.array(maxima, np.float32)
 
     def score(
         self, patches: NDArray[np.float32], bank: NDArray[np.float32], anomalous: NDArray[np.float32]

@@ -34,6 +34,8 @@ _MODULES = {
 }
 _PREFERENCE = ("tensorrt", "openvino", "onnx")
 """Fastest first; see `default_record`."""
+_GPU_DEVICES = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgpu")
+"""One of them is there where NVIDIA's driver is: the first on ordinary machines, the others on Jetson."""
 
 
 class Session(abc.ABC):
@@ -213,7 +215,7 @@ def default_record(bundle: Bundle) -> EngineRecord:
     Raises:
         InputError: no library for any engine of the bundle is installed.
     """
-    usable = [record for record in bundle.manifest.engines if _usable(record)]
+    usable = [record for record in bundle.manifest.engines if _usable(bundle, record)]
     if not usable:
         raise InputError(
             wanted=f"a library for one of: {', '.join(r.name for r in bundle.manifest.engines)}",
@@ -223,10 +225,14 @@ def default_record(bundle: Bundle) -> EngineRecord:
     return min(usable, key=lambda record: (_PREFERENCE.index(record.target), record.precision != "fp32", record.name))
 
 
-def _usable(record: EngineRecord) -> bool:
+def _usable(bundle: Bundle, record: EngineRecord) -> bool:
     if not is_available(record.target):
         return False
-    return record.target != "tensorrt" or (not record.recipe and os.path.exists("/dev/nvidiactl"))
+    if record.target != "tensorrt":
+        return True
+    from edgead.runtime.engines.tensorrt_plans import has_plan
+
+    return any(map(os.path.exists, _GPU_DEVICES)) and has_plan(bundle, record)
 
 
 def is_available(target: str) -> bool:

@@ -19,7 +19,7 @@ BATCH = "flange"
 _JPEG_QUALITY = 93
 _EXTENT = {"scratch": (0.16, 0.45), "dent": (0.08, 0.16), "stain": (0.09, 0.20), "thread": (0.18, 0.45)}
 """Smallest and largest size of a defect, as shares of the picture's side."""
-_FAINTEST = {"flange": 0.28, "fabric": 0.40}
+_FAINTEST = {"flange": 0.28, "fabric": 0.50}
 """Contrast of the hardest defect of each kind: a coloured weave hides more than turned steel."""
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,10 +40,12 @@ class Shown:
     """One frame that goes past the line's camera.
 
     Attributes:
+        path: its picture.
         frame: uint8 RGB [H, W, 3].
         kind: a key of `KINDS`.
     """
 
+    path: Path
     frame: Frame
     kind: str
 

@@ -14,6 +14,7 @@ from edgead import __version__
 from edgead.demo_data import BATCH, KINDS, PRODUCTS
 from edgead.demo_live import KINDS as LINE_KINDS
 from edgead.demo_plots import svg_bars, svg_timeline, verdict_word
+from edgead.demo_style import STYLE
 from edgead.runtime.image import list_images, read_image
 from edgead.runtime.inspection import STAGES, Inspection, Verdict
 from edgead.runtime.inspector import Inspector
@@ -29,35 +30,6 @@ if TYPE_CHECKING:
 
 Frame = NDArray[np.uint8]
 
-_STYLE = """<style>
-main{max-width:1120px}
-h1{font-size:clamp(1.7rem,4.5vw,2.6rem);letter-spacing:-.02em;max-width:22ch;margin-top:12px}
-.lead{font-size:1.1rem;max-width:66ch}
-.brand{font-weight:700;letter-spacing:.02em;color:#1f5fbf}
-.step{display:grid;grid-template-columns:1fr auto 1fr;gap:18px;align-items:stretch;margin:20px 0 28px}
-.step figure,.shot figure{background:#fff;border:1px solid #dde4ea;border-radius:12px;padding:10px}
-.step .arrow{align-self:center;text-align:center;color:#1f5fbf;font-size:.92rem;max-width:150px}
-.step .arrow b{display:block;font-size:1.35rem;font-variant-numeric:tabular-nums}
-.step .arrow i{font-style:normal;font-size:2rem;line-height:1;display:block}
-.shots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(480px,100%),1fr));gap:16px}
-.shot{background:#fff;border:1px solid #dde4ea;border-radius:12px;padding:10px}
-.shot div{display:grid;grid-template-columns:1fr 1fr;gap:6px}
-.shot img,.step img{width:100%;display:block;border-radius:8px}
-.shot p,.step figcaption{margin:8px 2px 0;font-size:.88rem;color:#667785}
-.tags{display:inline-block;font-weight:600;color:#1a2733;margin-right:6px}
-.tree{font-size:.85rem}.tree td:first-child{font-family:ui-monospace,SFMono-Regular,Menlo,monospace}
-.note{font-size:.9rem;color:#667785}
-.wide svg{min-width:640px}
-.plots{display:flex;flex-wrap:wrap;gap:16px;margin:16px 0}.plots .panel{flex:1 1 300px;padding:18px}
-.plots svg{margin:0 auto;width:100%;max-width:480px}.plots .panel:last-child svg{max-width:330px}
-footer{margin-top:56px;color:#667785;font-size:.88rem;border-top:1px solid #dde4ea;padding-top:16px}
-@media(max-width:640px){
-.step{grid-template-columns:1fr}.step .arrow{max-width:none}.step .arrow i{transform:rotate(90deg)}
-main{padding:18px 14px 48px}th,td{padding:6px 7px}
-.cards{grid-template-columns:1fr 1fr;gap:8px}.card b{font-size:1.25rem}
-}
-</style>"""
-
 
 def html_report(result: DemoResult, folder: Path) -> str:
     """The report as one page without script or request.
@@ -66,7 +38,7 @@ def html_report(result: DemoResult, folder: Path) -> str:
         result: what the demo found.
         folder: where its pictures and bundle lie now.
     """
-    body = [_STYLE]
+    body = [STYLE]
     with Inspector(result.bundle) as inspector:
         first, second = _before_and_after(result, folder, inspector)
         body += [first, _key_figures(result), _update(result), second]
@@ -84,7 +56,7 @@ def _before_and_after(result: DemoResult, folder: Path, inspector: Inspector) ->
     """A good part with the new code and a defect beside the code, each under the old and the new knowledge."""
     live = result.live
     samples = test_samples(folder / "data" / f"{BATCH}-new-batch")
-    good = next(sample for sample in samples if not sample.anomalous).path
+    good = _passed(result) or next(sample for sample in samples if not sample.anomalous).path
     bad = _plainest([sample.path for sample in samples if sample.anomalous])
     pictures: dict[tuple[str, Path], tuple[Frame, Inspection]] = {}
     for when, pack in (("before", live.before), ("after", live.after)):
@@ -117,6 +89,16 @@ def _before_and_after(result: DemoResult, folder: Path, inspector: Inspector) ->
         "of the engine changed",
     )
     return first, second
+
+
+def _passed(result: DemoResult) -> Path | None:
+    """The first good picture with the new code that the new knowledge passes."""
+    live = result.live
+    for seen in live.seen:
+        shown = live.shown[seen.place]
+        if shown.kind == "new good" and seen.inspection.knowledge == live.after.version and seen.inspection.passes:
+            return shown.path
+    return None
 
 
 def _step_row(
@@ -170,7 +152,7 @@ def _update(result: DemoResult) -> str:
         [
             "<h2>The update, frame by frame</h2>",
             f'<div class="panel wide">{svg_timeline(live)}</div>',
-            '<p class="note" style="margin-top:12px">Each dot is a frame that the running inspector answered. It '
+            '<p class="note">Each dot is a frame that the running inspector answered. It '
             f"never paused: {len(live.seen)} frames, {live.lost} lost, {live.during_swap} of them while the knowledge "
             f"changed (the slowest took {slowest * 1e3:.0f} ms; {usual * 1e3:.0f} ms is usual while the same cores "
             f"also learn). Each names the version that judged it ({live.before.version} or {live.after.version}) and "
@@ -203,7 +185,7 @@ def _gallery(result: DemoResult, folder: Path, inspector: Inspector) -> str:
     wrong = [
         (product, outcome)
         for product, evaluation in result.evaluations.items()
-        for outcome in _mistakes(evaluation)[:3]
+        for outcome in _mistakes(evaluation)[:2]
     ]
     parts.append("<h3>Where it is wrong</h3>")
     if not wrong:
@@ -277,7 +259,7 @@ def _measured(result: DemoResult) -> str:
             f'<div class="panel">{svg_roc(curves, "ROC by kind of defect")}</div></div>',
         ]
     parts.append(
-        '<p class="note" style="margin-top:12px">Thresholds come from held-out good parts alone, for a wanted '
+        '<p class="note">Thresholds come from held-out good parts alone, for a wanted '
         "false-alarm rate of 1 %. &ldquo;wrong&rdquo;: defects missed, or good parts called NG, at that threshold. "
         "Defects are painted from faint to plain; masks are exact.</p>"
     )
@@ -310,7 +292,7 @@ def _engines(result: DemoResult) -> str:
             "precision allows on golden pictures fails the export.</p>",
             table(head, lines),
             f'<div class="panel wide" style="margin-top:16px">{svg_bars(bars, "ms", "Milliseconds by stage")}</div>',
-            *(f'<p class="note" style="margin-top:12px">{escape(note)}</p>' for note in notes),
+            *(f'<p class="note">{escape(note)}</p>' for note in notes),
         ]
     )
 

@@ -248,9 +248,11 @@ def _export(folder: Path, detectors: dict[str, FittedDetector], note: Log) -> Bu
 
 
 def _parity(record: EngineRecord) -> str:
-    if record.parity is None:
-        return "to be compiled on the device" if record.recipe else "built ahead of time; runs where its GPU is"
-    return f"map within {record.parity.map:.1e} of torch's, {record.parity.decisions_changed} verdicts changed"
+    if record.parity is not None:
+        return f"map within {record.parity.map:.1e} of torch's, {record.parity.decisions_changed} verdicts changed"
+    if record.recipe or record.match is None:
+        return "to be compiled on the device"
+    return f"built here, without a GPU, for compute capability {record.match.compute_capability}; not run here"
 
 
 def _evaluate(folder: Path, bundle: Bundle, note: Log) -> dict[str, Evaluation]:
@@ -301,7 +303,9 @@ def _teach(folder: Path, bundle: Bundle, seconds: float) -> LiveUpdate:
     data, batch = folder / "data" / BATCH, folder / "data" / f"{BATCH}-new-batch"
     shown: list[Shown] = []
     for prefix, samples in (("", test_samples(data)), ("new ", test_samples(batch))):
-        shown += [Shown(read_image(one.path), prefix + ("defect" if one.anomalous else "good")) for one in samples]
+        for one in samples:
+            kind = prefix + ("defect" if one.anomalous else "good")
+            shown.append(Shown(one.path, read_image(one.path), kind))
     # Round robin, so that every stretch of time shows every kind.
     order = np.random.default_rng(0).permutation(len(shown))
     new = _read(list_images(batch / "train" / "good"))

@@ -62,7 +62,7 @@ def export(
     \b
     Example:
       edgead export --normal photos/good --target onnx --target openvino:fp16 -o part.bundle
-      edgead export part.detector --target tensorrt:fp16 --compute-capability 8.7 -o part.edgead
+      edgead export part.detector --target tensorrt:fp16 --compute-capability 8.6 -o part.edgead
     """
     if (detector is None) == (normal is None):
         raise InputError(

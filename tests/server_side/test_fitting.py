@@ -102,6 +102,16 @@ def test_with_few_images_each_is_scored_without_its_own_rows(painted_normals: Pa
     assert calibration.threshold > calibration.typical
 
 
+def test_a_bad_part_among_the_good_ones_is_named(
+    painted_normals: Path, defects: list[tuple[Path, Path]], learned: Learned
+) -> None:
+    spoilt = learn_memory_bank([*list_images(painted_normals)[2:], defects[1][0]], SMALL)
+    first = spoilt.card["most_unusual"][0]
+    assert first["image"] == defects[1][0].name
+    assert spoilt.card["most_unusual"][1]["score"] < first["score"] <= spoilt.pack.calibration.threshold
+    assert spoilt.pack.calibration.threshold > learned.pack.calibration.threshold
+
+
 def test_golden_frames_are_normals_and_the_same_with_a_defect(learned: Learned) -> None:
     golden = learned.golden.astype(int)
     assert len(golden) == 8
