@@ -84,7 +84,8 @@ def measure(task: Task) -> Timing | Failure:
     """
     command = [sys.executable, "-m", "edgead.runtime.bench", msgspec.json.encode(task).decode()]
     start = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    # Unbuffered: `communicate` reads the pipe itself and would miss what a buffered `readline` took beyond its line.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as process:
         assert process.stdout is not None
         first = process.stdout.readline()
         cold_start = time.perf_counter() - start

@@ -72,14 +72,19 @@ def test_ctrl_c_finishes_the_step_and_keeps_it(images: Path, teacher: MobileNetV
     run = Distillation(
         teacher, images, dataclasses.replace(TINY, steps=500, checkpoint_every=500), checkpoint=checkpoint
     )
+    # A job in the background of a shell starts with SIGINT ignored; a terminal's does not.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(0.5, signal.raise_signal, (signal.SIGINT,))
     timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        run.run()
-    timer.join()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run.run()
+        timer.join()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert 0 < run.step < 500
     assert torch.load(checkpoint, weights_only=True)["step"] == run.step
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_checkpoint_of_another_run_is_refused(images: Path, teacher: MobileNetV2, tmp_path: Path) -> None:
