@@ -86,6 +86,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words or bool(os.environ.get("EDGEAD_DEBUG"))
     words = [word for word in words if word != "--debug"]
+    # torch's threads spin between layers by default; on a machine with other work that costs several times the work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         result = cli.main(words, prog_name="edgead", standalone_mode=False)
         sys.stdout.flush()
