@@ -137,7 +137,12 @@ def test_an_output_that_exists_is_kept_and_a_size_that_no_engine_takes_is_refuse
 @pytest.mark.slow
 def test_an_interrupted_demo_leaves_nothing(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "edgead", "demo", "-o", str(tmp_path / "out"), "--images", "200"]
-    running = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ))
+    # A job in the background of a shell starts with SIGINT ignored, and so would its children; a terminal's do not.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        running = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ))
+    finally:
+        signal.signal(signal.SIGINT, before)
     try:
         deadline = time.monotonic() + 60
         while not list(tmp_path.rglob("*.jpg")) and time.monotonic() < deadline:
