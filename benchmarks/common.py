@@ -36,6 +36,8 @@ from edgead.server_side.painting_parts import paint_part
 
 THREADS = 2
 """Every contender gets so many: the small industrial computer that the figures stand for."""
+PAUSE = 0.05
+"""Seconds before a turn: the last contender's threads spin on for a while, numpy's for some 20 ms."""
 PEER = Path(__file__).parent / "peer"
 LIBRARIES = ("numpy", "opencv-python-headless", "onnxruntime", "openvino", "torch")
 
@@ -48,7 +50,7 @@ def median(values: Sequence[float]) -> float:
 
 
 def interleave(
-    contenders: Mapping[str, Callable[[], Any]], *, rounds: int, repeats: int = 1, warm: int = 1
+    contenders: Mapping[str, Callable[[], Any]], *, rounds: int, repeats: int = 2, warm: int = 2
 ) -> dict[str, list[float]]:
     """Milliseconds of each call, the contenders taking turns so that a slow minute hits all of them.
 
@@ -61,6 +63,7 @@ def interleave(
     found: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, call in contenders.items():
+            time.sleep(PAUSE)
             for repeat in range(warm + repeats):
                 start = time.perf_counter()
                 call()

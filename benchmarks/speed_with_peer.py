@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import (
+    PAUSE,
     THREADS,
     Frame,
     PeerProcess,
@@ -160,10 +162,12 @@ def _measure(
     scores: dict[str, list[float]] = {}
     for _ in range(rounds):
         for name in PEERS:
+            time.sleep(PAUSE)
             answer = peer.ask("time", name=name, images=work / "frames.npy", repeats=repeats, warm=2)
             times[name] += answer["milliseconds"]
             scores[name] = answer["scores"]
         for name, inspector in inspectors.items():
+            time.sleep(PAUSE)
             inspector.inspect(frames[0])
             results = [inspector.inspect(frames[place % len(frames)]) for place in range(-1, repeats)][1:]
             scores[name] = [float(result.score or 0.0) for result in results]

@@ -54,12 +54,14 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="edgead-update-") as scratch:
         note("exporting ...")
         bundle, pack = product_bundle(Path(scratch) / "bundle", options.rows, backbone=options.backbone)
-        taught = _taught(pack)
+        frames = list(painted(6, seed=9, defects=True))
+        with Inspector(bundle, target=ENGINES[0], threads=THREADS, packs=[pack]) as inspector:
+            taught = _taught(pack, inspector, frames[0])
         figures["bytes"] = _bytes(pack, taught)
         for engine in ENGINES:
             note(f"a stream through {engine} ...")
             with Inspector(bundle, target=engine, threads=THREADS, packs=[pack]) as inspector:
-                figures["engines"][engine] = _stream(inspector, pack, taught, options.swaps)
+                figures["engines"][engine] = _stream(inspector, frames, pack, taught, options.swaps)
         if options.peer_python is not None:
             note("the peer exports ...")
             figures["peer"] = _peer(options.peer_python, Path(scratch), options.rows + ADDED)
@@ -69,11 +71,17 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if good else 1
 
 
-def _taught(pack: Pack) -> Pack:
-    """The pack with `ADDED` rows more; the rows that it had keep their bytes and ids."""
-    rng = np.random.default_rng(5)
+def _taught(pack: Pack, inspector: Inspector, frame: Frame) -> Pack:
+    """The pack with `ADDED` rows more, patches of a frame around its most anomalous one; the rows that it had
+    keep their bytes and ids."""
     rows = pack.arrays["bank.normal"]
-    news = rows[rng.integers(0, len(rows), ADDED)] * np.float32(1.05)
+    patches = inspector.embed(frame)["patches"].reshape(-1, rows.shape[1])
+    point = inspector.inspect(frame).evidence[0].point
+    assert point is not None
+    side = round(len(patches) ** 0.5)
+    worst = point[1] * side // frame.shape[0] * side + point[0] * side // frame.shape[1]
+    nearest = np.argsort(np.linalg.norm(patches - patches[worst], axis=1), kind="stable")
+    news = patches[nearest[:ADDED]]
     ids = pack.ids("bank.normal")
     later = np.arange(ids[-1] + 1, ids[-1] + 1 + ADDED, dtype=np.uint64)
     arrays = dict(pack.arrays)
