@@ -8,7 +8,8 @@ A pack is one canonical safetensors file (see `edgead.runtime.tensors`). Its met
 - `calibration`: thresholds as canonical JSON; fields at their defaults are left out.
 
 Memory banks are float arrays [rows, dim] named `bank.*`, each with its row ids in `<name>.ids`: uint64
-[rows], strictly increasing. Floats are finite and never -0.0. So one content has one encoding, and its
+[rows], strictly increasing. What the rows of an array mean may stand in `<name>.text` (see
+`edgead.runtime.notes`). Floats are finite and never -0.0. So one content has one encoding, and its
 SHA-256 names it; parent, release and signature are not part of it.
 """
 
@@ -29,6 +30,7 @@ from numpy.typing import NDArray
 
 from edgead.runtime import files
 from edgead.runtime.errors import KnowledgeError, storage_errors
+from edgead.runtime.notes import NOTE, is_note
 from edgead.runtime.pack_checks import calibration_text, check_arrays, check_names, read_calibration
 from edgead.runtime.spec import DEFAULT_LIMITS, PACK_SCHEMA, Calibration, DetectorSpec, KnowledgePort, Limits
 from edgead.runtime.tensors import check_tensors, decode_tensors, encode_tensors, encoded_parts, little_endian
@@ -99,7 +101,7 @@ class Pack:
 
 def is_bank(name: str) -> bool:
     """Whether an array's name is that of a memory bank."""
-    return name.startswith("bank.") and not name.endswith(IDS)
+    return name.startswith("bank.") and not name.endswith(IDS) and not is_note(name)
 
 
 def new_pack(
@@ -249,7 +251,8 @@ def check_fits(pack: Pack, detector: DetectorSpec, capacity: Mapping[str, int] |
         )
     taken = {port.name for port in detector.knowledge}
     for name in pack.arrays:
-        if name not in taken and not (name.endswith(IDS) and name[: -len(IDS)] in pack.arrays):
+        about = next((name[: -len(end)] for end in (IDS, NOTE) if name.endswith(end)), None)
+        if name not in taken and about not in taken:
             raise _no_fit(f"only knowledge that the head takes ({', '.join(sorted(taken))})", f"{name!r} too")
     sizes: dict[str, tuple[int, str]] = {}
     for port in detector.knowledge:
@@ -264,7 +267,8 @@ def head_feeds(pack: Pack, detector: DetectorSpec, pad_to: Mapping[str, int] | N
     Args:
         pack: the knowledge.
         detector: the detector that the head belongs to.
-        pad_to: rows to pad a bank to with zeros, by name; others are given exactly.
+        pad_to: rows to pad a bank to with zeros, by name; others are given exactly. Arrays that share the
+            bank's row symbol are padded with it.
 
     Returns:
         arrays in the head's dtypes, and the int32 [1] counts of valid rows. An empty bank is `min_rows` zero
@@ -275,19 +279,22 @@ def head_feeds(pack: Pack, detector: DetectorSpec, pad_to: Mapping[str, int] | N
     """
     check_fits(pack, detector, pad_to)
     feeds: dict[str, NDArray[Any]] = {}
+    wanted: dict[int | str, int] = {}
+    for port in detector.knowledge:
+        if port.rows is not None and isinstance(port.shape[0], str):
+            room = (pad_to or {}).get(port.name, len(pack.arrays[port.name]))
+            wanted[port.shape[0]] = max(room, port.min_rows)
     for port in detector.knowledge:
         array = pack.arrays[port.name]
         rows = array.shape[0] if array.ndim else 0
+        room = wanted.get(port.shape[0], rows) if array.ndim else 0
+        if room > rows:
+            padded = np.zeros((room, *array.shape[1:]), array.dtype)
+            padded[:rows] = array
+            array = padded
+        feeds[port.name] = array
         if port.rows is not None:
-            wanted = max((pad_to or {}).get(port.name, rows), port.min_rows)
-            if wanted > rows:
-                padded = np.zeros((wanted, *array.shape[1:]), array.dtype)
-                padded[:rows] = array
-                array = padded
-            feeds[port.name] = array
             feeds[port.rows] = np.array([rows], np.int32)
-        else:
-            feeds[port.name] = array
     return feeds
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgead.runtime.errors import KnowledgeError
+from edgead.runtime.notes import NOTE, check_note, is_note
 from edgead.runtime.spec import Calibration
 
 _CHUNK = 2**20
@@ -35,7 +36,7 @@ def check_names(product: str, fingerprint: str) -> None:
 
 
 def check_arrays(arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Check the arrays of a pack: finite numbers, no -0.0, banks with their row ids.
+    """Check the arrays of a pack: finite numbers, no -0.0, banks with their row ids, notes with their arrays.
 
     Raises:
         KnowledgeError: an array breaks a rule; the message names it.
@@ -45,6 +46,11 @@ def check_arrays(arrays: Mapping[str, NDArray[Any]]) -> None:
             _check_floats(name, array)
         if name.endswith(".ids"):
             _check_ids(name, array, arrays.get(name[: -len(".ids")]))
+        elif is_note(name):
+            about = arrays.get(name[: -len(NOTE)])
+            if about is None or about.ndim == 0:
+                _refuse(f"the rows that {name!r} is about", "none")
+            check_note(name, array, about.shape[0])
         elif name.startswith("bank."):
             if array.dtype.kind != "f" or array.ndim != 2 or array.shape[1] == 0:
                 _refuse(f"a float bank [rows, dim] in {name!r}", f"{array.dtype} {list(array.shape)}")

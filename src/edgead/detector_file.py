@@ -216,7 +216,10 @@ def export_programs(trunk: nn.Module, head: nn.Module, spec: DetectorSpec) -> tu
         DetectorError: a module's outputs differ from the spec, or it cannot be traced; names the port.
     """
     trunk_program = _export(trunk.eval(), (spec.image,), spec.features, "trunk", {})
-    fewest = {size: port.min_rows for port in spec.knowledge for size in port.shape if isinstance(size, str)}
+    fewest: dict[str, int] = {}
+    for port in spec.knowledge:
+        for size in (size for size in port.shape if isinstance(size, str)):
+            fewest[size] = max(fewest.get(size, 1), port.min_rows)
     head_program = _export(head.eval(), spec.head_inputs(), spec.outputs, "head", fewest)
     return trunk_program, head_program
 
