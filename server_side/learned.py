@@ -187,7 +187,7 @@ def golden_frames(paths: Sequence[Path], preprocessing: Preprocessing, seed: int
         if paths:
             source = read_image(paths[place % len(paths)])
         else:
-            source = paint_part(("metal", "fabric")[place % 2], rng=rng).image
+            source = paint_part(("flange", "fabric")[place % 2], rng=rng).image
         frame = prepare(source, preprocessing if paths else Preprocessing(preprocessing.width, preprocessing.height))[0]
         painted, _ = paint_defect(frame, KINDS[place], contrast=0.9, rng=rng)
         frames += [frame, painted]
