@@ -11,6 +11,7 @@ import click
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Data set in the MVTec layout.")
+@click.option("--product", help="Whose knowledge to compare with; the bundle's default if left out.")
 @click.option("--target", help="Which engine: onnx, openvino:fp16, ...; the best here if left out.")
 @click.option("--threads", type=click.IntRange(1), help="Processor threads per inference.")
 @click.option("--limit", type=click.IntRange(1), help="At most so many images of each type.")
@@ -20,6 +21,7 @@ import click
 def evaluate(
     bundle: Path,
     data: Path,
+    product: str | None,
     target: str | None,
     threads: int | None,
     limit: int | None,
@@ -33,7 +35,9 @@ def evaluate(
     Example:
       edgead evaluate part.bundle --data photos --html report.html
       edgead evaluate part.bundle --data photos --target openvino:fp16 --json
+      edgead evaluate parts.bundle --data flange-photos --product flange
     """
+    from edgead.runtime.bundle import open_bundle
     from edgead.runtime.files import refuse_existing, write_file
     from edgead.runtime.inspector import Inspector
     from edgead.server_side.evaluation import evaluate_bundle
@@ -41,10 +45,14 @@ def evaluate(
 
     if html is not None:
         refuse_existing(html, force)
-    with Inspector(bundle, target=target, threads=threads) as inspector:
-        result = evaluate_bundle(inspector, data, limit=limit)
+    opened = open_bundle(bundle)
+    product = product or opened.manifest.default
+    with Inspector(opened, target=target, threads=threads, products=[product]) as inspector:
+        result = evaluate_bundle(inspector, data, product=product, limit=limit)
         if html is not None:
-            title = f"{inspector.bundle.manifest.name} on {data.resolve().name}"
+            # A bundle of several products says which of them it was.
+            name = opened.manifest.name if len(opened.products) < 2 else f"{opened.manifest.name}: {product}"
+            title = f"{name} on {data.resolve().name}"
             write_file(html, html_report(result, inspector, title).encode())
     if as_json:
         click.echo(json.dumps(result.to_dict(), sort_keys=True))

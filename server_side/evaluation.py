@@ -65,6 +65,7 @@ class Evaluation:
 
     Attributes:
         engine: which engine answered.
+        product: whose knowledge the images were compared with.
         knowledge: version of the knowledge.
         threshold: image scores above it are NG.
         kinds: 'all' first, then each defect type, then 'good'.
@@ -74,6 +75,7 @@ class Evaluation:
     """
 
     engine: str
+    product: str
     knowledge: str
     threshold: float
     kinds: tuple[KindResult, ...]
@@ -85,6 +87,7 @@ class Evaluation:
         """JSON-like values, without the single images."""
         return {
             "engine": self.engine,
+            "product": self.product,
             "knowledge": self.knowledge,
             "threshold": self.threshold,
             "milliseconds": {stage: round(value, 3) for stage, value in self.milliseconds.items()},
@@ -99,6 +102,7 @@ def evaluate_bundle(
     bundle: str | Path | Inspector,
     data: Path,
     *,
+    product: str | None = None,
     target: str | None = None,
     threads: int | None = None,
     limit: int | None = None,
@@ -108,20 +112,23 @@ def evaluate_bundle(
     Args:
         bundle: a bundle's path, or an inspector that is already open.
         data: a data set in the MVTec layout (`edgead.server_side.datasets`).
+        product: whose knowledge to compare with; the bundle's default if None.
         target: which engine.
         threads: processor threads.
         limit: at most so many images of each type, the first by name; all if None.
 
     Raises:
-        InputError: the data set lacks what the layout asks for.
+        InputError: the data set lacks what the layout asks for, or the inspector has no such product.
+        BundleError: the bundle has no such product.
         ImageError: an image cannot be read.
         EngineError: an image was not answered.
     """
     samples = _limited(test_samples(data), limit)
     if isinstance(bundle, Inspector):
-        return _evaluate(bundle, samples)
-    with Inspector(bundle, target=target, threads=threads) as inspector:
-        return _evaluate(inspector, samples)
+        return _evaluate(bundle, samples, product)
+    products = None if product is None else [product]
+    with Inspector(bundle, target=target, threads=threads, products=products) as inspector:
+        return _evaluate(inspector, samples, product)
 
 
 def _limited(samples: list[Sample], limit: int | None) -> list[Sample]:
@@ -138,7 +145,8 @@ def _limited(samples: list[Sample], limit: int | None) -> list[Sample]:
     return kept
 
 
-def _evaluate(inspector: Inspector, samples: Sequence[Sample]) -> Evaluation:
+def _evaluate(inspector: Inspector, samples: Sequence[Sample], product: str | None) -> Evaluation:
+    product = inspector.knowledge(product).product
     outcomes: list[Outcome] = []
     masked = {sample.kind for sample in samples if sample.mask is not None}
     counters: dict[str, PixelCounter] = {}
@@ -146,7 +154,7 @@ def _evaluate(inspector: Inspector, samples: Sequence[Sample]) -> Evaluation:
     with Progress("inspecting", len(samples)) as progress:
         for sample in progress.track(samples):
             frame = read_image(sample.path)
-            inspection = inspector.inspect(frame)
+            inspection = inspector.inspect(frame, product=product)
             if inspection.verdict is Verdict.NOT_INSPECTED:
                 raise EngineError(
                     wanted=f"an answer for {sample.path}",
@@ -167,6 +175,7 @@ def _evaluate(inspector: Inspector, samples: Sequence[Sample]) -> Evaluation:
     first = outcomes[0].inspection
     return Evaluation(
         engine=inspector.engine,
+        product=product,
         knowledge=first.knowledge,
         threshold=first.threshold,
         kinds=tuple(_results(outcomes, counters)),

@@ -49,7 +49,7 @@ def text_table(evaluation: Evaluation) -> str:
         "",
         f"at the threshold {evaluation.threshold:.4g}: {good.wrong} false alarms in {good.images} good parts, "
         f"{everything.wrong} misses in {everything.images} defects",
-        f"engine {evaluation.engine}, knowledge {evaluation.knowledge}, median "
+        f"product {evaluation.product}, knowledge {evaluation.knowledge}, engine {evaluation.engine}, median "
         f"{evaluation.milliseconds.get('total', 0.0):.1f} ms per frame",
         *evaluation.notes,
     ]
@@ -83,6 +83,7 @@ def html_report(evaluation: Evaluation, inspector: Inspector, title: str) -> str
     misses = [o for o in evaluation.outcomes if o.sample.anomalous and o.inspection.verdict is Verdict.OK]
     alarms = [o for o in evaluation.outcomes if o.sample.kind == GOOD and o.inspection.verdict is Verdict.NG]
     body += _gallery(
+        evaluation.product,
         "Worst misses",
         "Lowest scores first. The outline is the mask; the map turns yellow where it reaches the threshold.",
         sorted(misses, key=lambda o: o.score),
@@ -90,31 +91,37 @@ def html_report(evaluation: Evaluation, inspector: Inspector, title: str) -> str
         "no defect was missed",
     )
     body += _gallery(
+        evaluation.product,
         "Worst false alarms",
         "Highest scores first. The map turns yellow where it reaches the threshold.",
         sorted(alarms, key=lambda o: -o.score),
         inspector,
         "no good part was called NG",
     )
-    lead = f"Engine {evaluation.engine}, knowledge {evaluation.knowledge}, threshold {evaluation.threshold:.4g}"
+    lead = (
+        f"Product {evaluation.product}, engine {evaluation.engine}, knowledge {evaluation.knowledge}, "
+        f"threshold {evaluation.threshold:.4g}"
+    )
     return page(title, "".join(body), lead)
 
 
-def _gallery(title: str, note: str, outcomes: Sequence[Outcome], inspector: Inspector, none: str) -> list[str]:
+def _gallery(
+    product: str, title: str, note: str, outcomes: Sequence[Outcome], inspector: Inspector, none: str
+) -> list[str]:
     parts = [f"<h2>{title}</h2>"]
     if not outcomes:
         return [*parts, f"<p>None: {none} at the calibrated threshold.</p>"]
     cases = []
     for outcome in outcomes[:WORST]:
         frame = read_image(outcome.sample.path)
-        inspection = inspector.inspect(frame)
+        inspection = inspector.inspect(frame, product=product)
         name = f"{outcome.sample.kind}/{outcome.sample.path.name}, score {outcome.score:.4g}"
         truth = figure(outlined(frame, read_mask(outcome.sample, frame.shape)), name)
         if inspection.anomaly_map is None:
             seen = ""
         else:
             full = map_to_frame(inspection.anomaly_map, frame.shape, inspector.spec.preprocessing)
-            seen = figure(heat(frame, full, inspector.knowledge().calibration.map_threshold), "anomaly map")
+            seen = figure(heat(frame, full, inspector.knowledge(product).calibration.map_threshold), "anomaly map")
         cases.append(f'<div class="case">{truth}{seen}</div>')
     return [*parts, f"<p>{note}</p>", f'<div class="pairs">{"".join(cases)}</div>']
 

@@ -259,8 +259,7 @@ def _evaluate(folder: Path, bundle: Bundle, note: Log) -> dict[str, Evaluation]:
     found = {}
     with Inspector(bundle) as inspector:
         for product in PRODUCTS:
-            inspector.default = product
-            found[product] = evaluate_bundle(inspector, folder / "data" / product)
+            found[product] = evaluate_bundle(inspector, folder / "data" / product, product=product)
             everything, good = found[product].kinds[0], found[product].kinds[-1]
             note(
                 f"{product}: image AUROC {everything.auroc or 0:.3f}, pixel AUROC {everything.pixel_auroc or 0:.3f}, "

@@ -7,15 +7,18 @@ import shutil
 from pathlib import Path
 
 import cv2
+import msgspec
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
 from edgead.cli import main
-from edgead.runtime.errors import ImageError, InputError
+from edgead.runtime.bundle import open_bundle, write_bundle
+from edgead.runtime.errors import BundleError, ImageError, InputError
 from edgead.runtime.image import encode_png, map_to_frame, read_image
 from edgead.runtime.inspection import Verdict
 from edgead.runtime.inspector import Inspector
+from edgead.runtime.knowledge import Pack
 from edgead.server_side import datasets
 from edgead.server_side.evaluation import Evaluation, evaluate_bundle
 from edgead.server_side.evaluation_report import heat, html_report, outlined, text_table
@@ -119,6 +122,55 @@ def test_the_command_writes_json_and_a_report(
     assert result["kinds"]["good"]["images"] == 2
     assert result["engine"] == "onnx-fp32"
     assert page.read_text().startswith("<!doctype html>")
+
+
+@pytest.fixture(scope="module")
+def two_products(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small bundle with a second product, 'strict', whose threshold no part stays under."""
+    bundle = open_bundle(small_bundle)
+    pack = bundle.pack("part")
+    strict = Pack("strict", pack.fingerprint, msgspec.structs.replace(pack.calibration, threshold=1e-6), pack.arrays)
+    manifest = bundle.manifest
+    path = tmp_path_factory.mktemp("two") / "two.bundle"
+    write_bundle(
+        path,
+        name="two",
+        detector=manifest.detector,
+        engines=manifest.engines,
+        packs={"part": pack, "strict": strict},
+        default="part",
+        golden=manifest.golden,
+        files={name: bundle.read(name) for name in manifest.files if name not in manifest.packs.values()},
+    )
+    return path
+
+
+def test_a_product_is_measured_by_its_own_knowledge_and_the_report_names_it(
+    two_products: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "report.html"
+    words = ["evaluate", two_products, "--data", data, "--target", "onnx", "--limit", 2, "--json"]
+    found = {}
+    for more in ([], ["--product", "strict", "--html", page]):
+        with pytest.raises(SystemExit) as end:
+            main([str(word) for word in (*words, *more)])
+        assert end.value.code == 0
+        result = json.loads(capsys.readouterr().out)
+        found[result["product"]] = result
+    assert found["strict"]["threshold"] < found["part"]["threshold"]
+    assert found["strict"]["kinds"]["good"]["wrong"] == 2 > found["part"]["kinds"]["good"]["wrong"]
+    assert found["strict"]["knowledge"] != found["part"]["knowledge"]
+    text = page.read_text()
+    assert "two: strict on" in text
+    assert "Product strict, engine onnx-fp32" in text
+    assert "Worst false alarms" in text
+
+
+def test_a_product_that_the_bundle_lacks_is_refused_with_near_names(two_products: Path, data: Path) -> None:
+    with pytest.raises(BundleError, match="strict"):
+        evaluate_bundle(two_products, data, product="strct", target="onnx")
+    with Inspector(two_products, target="onnx") as inspector, pytest.raises(InputError, match="part, strict"):
+        evaluate_bundle(inspector, data, product="strct")
 
 
 def test_good_parts_alone_give_false_alarms_and_nothing_that_is_undefined(
