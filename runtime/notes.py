@@ -57,9 +57,7 @@ def check_note(name: str, array: NDArray[Any], rows: int) -> None:
         KnowledgeError: not uint8 [bytes] of canonical JSON, too large, or not one entry per row.
     """
     if array.dtype != np.uint8 or array.ndim != 1 or array.size > NOTE_BYTES:
-        raise _refusal(
-            f"uint8 [bytes] of at most {NOTE_BYTES} bytes in {name!r}", f"{array.dtype} {list(array.shape)}"
-        )
+        raise _refusal(f"uint8 [bytes] of at most {NOTE_BYTES} bytes in {name!r}", f"{array.dtype} {list(array.shape)}")
     content = _decoded(name, array)
     found = len(_rows_of(content, name))
     if found != rows:
@@ -102,7 +100,9 @@ def _decoded(name: str, array: NDArray[Any]) -> Note:
 
 def _rows_of(content: Note, name: str) -> list[dict[str, Any]]:
     rows = content.get("rows")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and isinstance(row.get("text"), str) for row in rows):
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and isinstance(row.get("text"), str) for row in rows
+    ):
         raise _refusal(f"a list 'rows' of objects with a string 'text' in {name!r}", repr(rows)[:200])
     return rows
 
