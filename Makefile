@@ -44,7 +44,7 @@ $(PEER_STAMP):
 	touch $@
 
 parity: $(STAMP) $(PEER_STAMP)
-	$(BIN)/python benchmarks/parity_with_peer.py --peer-python $(PEER)/bin/python
+	$(BIN)/python -m benchmarks.parity_with_peer --peer-python $(PEER)/bin/python
 
 clean:
 	rm -rf $(VENV) $(PEER) build demo-output .mypy_cache .ruff_cache .pytest_cache
