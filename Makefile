@@ -40,7 +40,7 @@ benchmark: $(STAMP)
 
 $(PEER_STAMP):
 	$(PYTHON) -m venv $(PEER)
-	$(PEER)/bin/pip install --quiet "anomalib[openvino]==2.7.0"
+	$(PEER)/bin/pip install --quiet "anomalib[openvino]==2.7.0" onnxruntime
 	touch $@
 
 parity: $(STAMP) $(PEER_STAMP)
