@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ def fit(normal: Path, output: Path, force: bool, as_json: bool, **words: Any) ->
         return
     bank = detector.card["bank"]
     click.echo(f"wrote {output}")
-    click.echo(f"  images      {detector.card['images']['all']}")
+    left_out = detector.card["images"].get("left_out_unreadable", 0)
+    click.echo(f"  images      {detector.card['images']['all']}{f', {left_out} unreadable left out' * bool(left_out)}")
     click.echo(f"  bank        {bank['normal_rows']} rows x {bank['dimensions']}")
     click.echo(f"  threshold   {detector.pack.calibration.threshold:.4g}")
     click.echo(f"  {detector.card['calibration']}")
@@ -65,5 +67,17 @@ def fit_from_options(normal: Path, output: Path, *, force: bool = False, **words
         false_alarm_rate=words["false_alarms"],
         product=words["product"],
         seed=words["seed"],
+        skip_unreadable=words["skip_unreadable"],
     )
-    return fit_memory_bank(normal, output, options, anomalous=samples, force=force)
+    detector = fit_memory_bank(normal, output, options, anomalous=samples, force=force)
+    _tell_left_out(detector.card)
+    return detector
+
+
+def _tell_left_out(card: Mapping[str, Any]) -> None:
+    """Name on standard error what nothing was learned from, so that it is seen beside --json too."""
+    count, named = card["images"].get("left_out_unreadable", 0), card.get("left_out", [])
+    for item in named:
+        click.echo(f"left out {item['image']}: {item['reason']}", err=True)
+    if count > len(named):
+        click.echo(f"left out {count - len(named)} more", err=True)

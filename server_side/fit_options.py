@@ -56,6 +56,11 @@ def fit_options(command: Command) -> Command:
             type=click.Path(path_type=Path),
             help="Pictures of known defects; masks beside them as NAME_mask.png.",
         ),
+        click.option(
+            "--skip-unreadable",
+            is_flag=True,
+            help="Leave pictures out that cannot be read, and name each with its reason; an error if not given.",
+        ),
         click.option("--seed", default=0, show_default=True),
     ]
     for option in reversed(options):

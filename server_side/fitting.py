@@ -17,7 +17,7 @@ from edgead import __version__
 from edgead.detector_file import FittedDetector, detector_spec, read_detector, write_detector
 from edgead.runtime.errors import InputError
 from edgead.runtime.files import refuse_existing
-from edgead.runtime.image import list_images, prepare, read_image, tile_count
+from edgead.runtime.image import list_images, prepare, tile_count
 from edgead.runtime.knowledge import Pack, new_pack
 from edgead.runtime.progress import Progress
 from edgead.runtime.spec import Calibration, DetectorSpec, Preprocessing
@@ -34,6 +34,13 @@ from edgead.server_side.detectors.memory_bank import (
     receptive_sigma,
 )
 from edgead.server_side.painting import paint_defect
+from edgead.server_side.photographs import (
+    LeftOut,
+    enough,
+    leave_out_unreadable,
+    left_out_facts,
+    read_photograph,
+)
 
 HOLD_OUT_FROM = 25
 """From so many images on a fifth is held out for calibration; below, each image is held out in its turn."""
@@ -61,6 +68,7 @@ class FitOptions:
         false_alarm_rate: wanted share of normal frames called NG.
         product: name of the product in the knowledge pack.
         seed: makes everything repeatable.
+        skip_unreadable: leave pictures out that cannot be read, and name them in the card, instead of failing.
     """
 
     backbone: str = "embedded"
@@ -72,6 +80,7 @@ class FitOptions:
     false_alarm_rate: float = 0.01
     product: str = "part"
     seed: int = 0
+    skip_unreadable: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,18 +147,16 @@ def learn_memory_bank(
             bank. Of a picture without a mask (None) it is the patches that are unlike every held-out normal.
 
     Raises:
-        InputError: fewer than 2 images, or a mask that does not fit its picture.
-        ImageError: a file is no picture, or the region of interest is not inside it.
+        InputError: fewer than 2 (readable) images, or a mask that does not fit its picture.
+        ImageError: a file is no picture (and `skip_unreadable` is not set), or the region of interest is not inside it.
         BackboneError: unknown backbone or weights.
     """
     chosen = options if options is not None else FitOptions()
     paths = list_images(normal) if isinstance(normal, Path) else list(normal)
-    if len(paths) < 2:
-        raise InputError(
-            wanted="at least 2 photographs of good parts (20 work, 200 are comfortable)",
-            got=f"{len(paths)}",
-            next_step="Take more photographs: one image cannot show how normal parts differ.",
-        )
+    unreadable: list[LeftOut] = []
+    if chosen.skip_unreadable:
+        paths, anomalous, unreadable = leave_out_unreadable(paths, anomalous)
+    enough(paths, unreadable)
     work = _Work(chosen)
     order = np.random.default_rng(chosen.seed).permutation(len(paths))
     held = max(5, round(0.2 * len(paths))) if len(paths) >= HOLD_OUT_FROM else 0
@@ -158,7 +165,7 @@ def learn_memory_bank(
 
     for image_path, mask_path in anomalous:
         if mask_path is not None:  # a mistake there is better told before minutes of work
-            _mask(mask_path, image_path, read_image(image_path))
+            _mask(mask_path, image_path, read_photograph(image_path))
     bank, sources = work.bank(bank_paths)
     left_out = None if held else sources
     known = 0.0
@@ -178,7 +185,7 @@ def learn_memory_bank(
         },
     )
     golden = work.golden(calibration_paths)
-    card = work.card(paths, bank, defects, calibration, held)
+    card = work.card(paths, bank, defects, calibration, held, unreadable)
     # One bad part among the good ones raises the threshold; these are the first to look at.
     highest = np.argsort(-scores, kind="stable")[:UNUSUAL]
     card["most_unusual"] = [{"image": scored[i].name, "score": float(scores[i])} for i in highest]
@@ -227,7 +234,7 @@ class _Work:
         builder = BankBuilder(rows, expected, seed=self.options.seed)
         with Progress("reading normal images", len(paths)) as progress:
             for place, path in enumerate(progress.track(paths)):
-                builder.add(self.embed(read_image(path)).reshape(-1, self.dimensions), place)
+                builder.add(self.embed(read_photograph(path)).reshape(-1, self.dimensions), place)
         bank, sources = builder.build()
         # Rows in the order of their images: neighbours in the file are neighbours in the world, which
         # compresses better and makes the pack independent of the order of selection.
@@ -240,7 +247,7 @@ class _Work:
         """Patches of defects, float32 [M, D]: those under a mask, or farther than `known` from the bank."""
         found = [np.zeros((0, self.dimensions), np.float32)]
         for image_path, mask_path in samples:
-            frame = read_image(image_path)
+            frame = read_photograph(image_path)
             rows = self.embed(frame)
             if mask_path is None:
                 # The rest of such a picture is normal: in this bank it would raise good parts.
@@ -270,7 +277,7 @@ class _Work:
         for place, path in enumerate(paths):
             rows = bank if sources is None else bank[sources != place]
             if len(rows):
-                largest = max(largest, float(self.distances(self.embed(read_image(path)), rows).max()))
+                largest = max(largest, float(self.distances(self.embed(read_photograph(path)), rows).max()))
         return largest
 
     def held_out(
@@ -287,7 +294,7 @@ class _Work:
                 rows = bank if sources is None else bank[sources != place]
                 if len(rows) <= self.options.neighbours:
                     continue
-                score, anomaly_map = self.score(self.embed(read_image(path)), rows, anomalous)
+                score, anomaly_map = self.score(self.embed(read_photograph(path)), rows, anomalous)
                 scored.append(path)
                 scores.append(score)
                 maxima.append(float(anomaly_map.max()))
@@ -314,7 +321,7 @@ class _Work:
         rng = np.random.default_rng(self.options.seed)
         frames = []
         for place, path in enumerate(paths[:GOLDEN]):
-            frame = prepare(read_image(path), self.options.preprocessing)[0]
+            frame = prepare(read_photograph(path), self.options.preprocessing)[0]
             kind = ("scratch", "stain", "crack", "hole")[place % 4]
             painted, _ = paint_defect(frame, kind, contrast=0.9, rng=rng)
             frames += [frame, painted]
@@ -327,6 +334,7 @@ class _Work:
         anomalous: NDArray[np.float32],
         calibration: Calibration,
         held: int,
+        unreadable: Sequence[LeftOut],
     ) -> dict[str, Any]:
         """Facts for the model card: JSON-like, without paths of this machine."""
         names = hashlib.sha256("\n".join(path.name for path in paths).encode()).hexdigest()
@@ -334,7 +342,13 @@ class _Work:
             "method": METHOD,
             "paper": "Roth et al., Towards Total Recall in Industrial Anomaly Detection, CVPR 2022",
             "backbone": self.options.backbone,
-            "images": {"all": len(paths), "held_out": held, "names_sha256": names},
+            "images": {
+                "all": len(paths),
+                "held_out": held,
+                "left_out_unreadable": len(unreadable),
+                "names_sha256": names,
+            },
+            **({"left_out": left_out_facts(unreadable)} if unreadable else {}),
             "bank": {
                 "normal_rows": len(bank),
                 "anomalous_rows": len(anomalous),
@@ -353,7 +367,7 @@ class _Work:
 
 def _mask(path: Path, image: Path, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """A mask as uint8 RGB [H, W, 3] of 0 and 255: what is brighter than half of its brightest pixel."""
-    mask = read_image(path)
+    mask = read_photograph(path)
     if mask.shape != frame.shape or not mask.any():
         size = f"{mask.shape[1]} x {mask.shape[0]}" if mask.any() else "a black picture"
         raise InputError(

@@ -62,7 +62,23 @@ def test_an_unreadable_image_is_named(fails: Run, tmp_path: Path, painted_normal
     words = ("--backbone", "random", "--size", 64)
     said = fails("fit", "--normal", tmp_path / "good", *words, "-o", tmp_path / "x.detector")
     assert "broken.png" in said
+    assert "--skip-unreadable" in said
     assert not (tmp_path / "x.detector").exists()
+
+
+def test_unreadable_images_are_left_out_if_asked_and_named(
+    tmp_path: Path, painted_normals: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(painted_normals, tmp_path / "good")
+    (tmp_path / "good" / "broken.png").write_bytes((tmp_path / "good" / "000.png").read_bytes()[:500])
+    words = ["--backbone", "random", "--size", "64", "--rows", "50", "--skip-unreadable"]
+    with pytest.raises(SystemExit) as end:
+        main(["export", "--normal", str(tmp_path / "good"), *words, "-o", str(tmp_path / "x.bundle")])
+    assert end.value.code == 0
+    assert "left out broken.png: " in capsys.readouterr().err
+    card = (tmp_path / "x.bundle" / "card.md").read_text()
+    assert "left_out_unreadable: 1" in card
+    assert "broken.png" in card
 
 
 def test_an_unknown_target_suggests_near_names_before_any_work(fails: Run, tmp_path: Path) -> None:

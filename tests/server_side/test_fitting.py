@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import cv2
@@ -169,6 +170,54 @@ def test_two_photographs_are_enough_and_one_is_not(painted_normals: Path) -> Non
     assert "extrapolated" in detector.card["calibration"]
     with pytest.raises(InputError, match="at least 2"):
         learn_memory_bank(paths[:1], SMALL)
+
+
+@pytest.fixture
+def spoilt(painted_normals: Path, tmp_path: Path) -> Path:
+    """The painted parts beside a truncated, an empty and a text file that are called pictures."""
+    folder = tmp_path / "good"
+    shutil.copytree(painted_normals, folder)
+    (folder / "005-cut.png").write_bytes((folder / "000.png").read_bytes()[:500])
+    (folder / "006-empty.jpg").write_bytes(b"")
+    (folder / "zz-text.png").write_text("not a picture")
+    return folder
+
+
+def test_unreadable_pictures_are_left_out_if_asked_and_named_with_their_reasons(
+    spoilt: Path, painted_normals: Path, learned: Learned
+) -> None:
+    detector = learn_memory_bank(spoilt, with_options(skip_unreadable=True))
+    assert detector.pack.digest == learned.pack.digest, "as if they had never been there"
+    assert detector.card["images"]["all"] == 12
+    assert detector.card["images"]["left_out_unreadable"] == 3
+    assert [item["image"] for item in detector.card["left_out"]] == ["005-cut.png", "006-empty.jpg", "zz-text.png"]
+    assert all(item["reason"] for item in detector.card["left_out"])
+    assert learned.card["images"]["left_out_unreadable"] == 0
+
+
+def test_an_unreadable_picture_is_an_error_that_names_the_way_out(spoilt: Path) -> None:
+    with pytest.raises(ImageError, match=r"(?s)005-cut\.png.*--skip-unreadable"):
+        learn_memory_bank(spoilt, SMALL)
+
+
+def test_too_few_readable_pictures_are_an_error_that_says_what_is_wrong_with_the_others(
+    spoilt: Path,
+) -> None:
+    paths = [spoilt / name for name in ("000.png", "005-cut.png", "006-empty.jpg")]
+    with pytest.raises(InputError, match=r"2 unreadable, such as .*005-cut\.png \(.+\)"):
+        learn_memory_bank(paths, with_options(skip_unreadable=True))
+
+
+def test_a_known_defect_goes_with_its_unreadable_mask(
+    painted_normals: Path, defects: list[tuple[Path, Path]], tmp_path: Path
+) -> None:
+    mask = tmp_path / "1_mask.png"
+    mask.write_bytes(b"rot")
+    samples: list[tuple[Path, Path | None]] = [defects[0], (defects[1][0], mask)]
+    detector = learn_memory_bank(painted_normals, with_options(skip_unreadable=True), anomalous=samples)
+    alone = learn_memory_bank(painted_normals, SMALL, anomalous=defects[:1])
+    assert detector.pack.digest == alone.pack.digest
+    assert "mask" in detector.card["left_out"][0]["reason"]
 
 
 def test_a_region_outside_the_photograph_is_refused(painted_normals: Path) -> None:
