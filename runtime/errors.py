@@ -6,7 +6,8 @@ Every error says what was wanted, what came instead, and what to do next. The cl
     ├── UserError                 the caller can mend it; exit code 2
     │   ├── InputError            a path, folder, option or argument
     │   │   ├── OutputExistsError     the output is already there and --force was not given
-    │   │   └── MissingDependencyError  an optional package is not installed
+    │   │   ├── MissingDependencyError  an optional package is not installed
+    │   │   └── PromptError           a prompt set, or words for one, that are not well formed
     │   ├── ImageError            a file that is no picture, or one outside the limits
     │   ├── BundleError           a bundle that is truncated, edited, too new or foreign
     │   │   └── EngineMismatchError   an engine built for another GPU, library or version
@@ -16,6 +17,7 @@ Every error says what was wanted, what came instead, and what to do next. The cl
     └── FailureError              the work itself failed; exit code 1
         ├── EngineError           an inference library refused or failed
         ├── ParityError           a compiled engine disagrees with its torch reference
+        ├── LanguageModelError    a language model timed out, refused, or answered nothing usable
         └── StorageError          no permission, no space, an I/O fault
 """
 
@@ -66,6 +68,10 @@ class MissingDependencyError(InputError):
     """An optional package is not installed."""
 
 
+class PromptError(InputError):
+    """A prompt set, or a word that goes into one, is not well formed."""
+
+
 class ImageError(UserError):
     """A file or frame is not a picture that edgead accepts."""
 
@@ -100,6 +106,10 @@ class EngineError(FailureError):
 
 class ParityError(FailureError):
     """A compiled engine disagrees with its torch reference beyond the tolerance."""
+
+
+class LanguageModelError(FailureError):
+    """A language model could not be reached, ran out of time, refused, or answered nothing usable."""
 
 
 class StorageError(FailureError):
