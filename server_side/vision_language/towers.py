@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from edgead.runtime.errors import BackboneError
+from edgead.server_side.vision_language.conv_tower import ConvTower, is_pyramid
 from edgead.server_side.vision_language.models import VisionLanguageModel
 from edgead.server_side.vision_language.tower import VisionTower
 from edgead.server_side.vision_language.vit_tower import open_clip_vit
@@ -42,6 +43,8 @@ def _tower(model: VisionLanguageModel) -> VisionTower:
         if visual.pool_type not in ("tok", "avg"):
             raise _unsupported(model, f"one with the pooling '{visual.pool_type}'")
         return open_clip_vit(visual, model.size, model.mean, model.std)
+    if is_pyramid(visual):
+        return ConvTower(visual, model.size, model.mean, model.std)
     raise _unsupported(model, type(visual).__name__)
 
 
