@@ -2,58 +2,115 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgead.runtime.errors import InputError
+from edgead.runtime.files import refuse_existing
+from edgead.runtime.image import list_images
+from edgead.runtime.spec import Preprocessing
 from edgead.server_side.fit_options import (
+    LANGUAGE_METHODS,
+    MEMORY_BANK,
     anomalous_samples,
     check_method,
     fit_options,
     parse_layers,
     parse_preprocessing,
 )
+from edgead.server_side.photographs import LeftOut, leave_out_unreadable, left_out_facts
+
+if TYPE_CHECKING:
+    from edgead.detector_file import FittedDetector
+    from edgead.server_side.learned import Learned
+
+Samples = Sequence[tuple[Path, Path | None]]
+Words = Mapping[str, Any]
+
+_OPTION = {"class_name": "--class"}
 
 
 @click.command()
-@click.option("--normal", required=True, type=click.Path(path_type=Path), help="Folder of good parts.")
+@click.option(
+    "--normal",
+    type=click.Path(path_type=Path),
+    help="Folder of good parts. Methods with sentences do without one: nothing is known of false alarms then.",
+)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The .detector file.")
 @fit_options
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the detector's card as JSON.")
-def fit(normal: Path, output: Path, force: bool, as_json: bool, **words: Any) -> None:
-    """Learn what normal is from photographs of good parts; writes a fitted-detector file.
+def fit(normal: Path | None, output: Path, force: bool, as_json: bool, **words: Any) -> None:
+    """Learn what normal is from photographs of good parts, or from sentences; writes a fitted-detector file.
 
     \b
     Example:
       edgead fit --normal photos/good -o part.detector
       edgead fit --normal photos/good --roi 100,50,1000,800 --tiles 3x2 -o part.detector
+      edgead fit --method winclip --model ViT-B-16-plus-240 --model-weights laion400m_e32 \\
+        --class carpet --normal photos/good --shots 4 -o carpet.detector
     """
     detector = fit_from_options(normal, output, force=force, **words)
     if as_json:
         click.echo(json.dumps({"output": str(output), **detector.card}, sort_keys=True))
         return
-    bank = detector.card["bank"]
+    card = detector.card
     click.echo(f"wrote {output}")
-    left_out = detector.card["images"].get("left_out_unreadable", 0)
-    click.echo(f"  images      {detector.card['images']['all']}{f', {left_out} unreadable left out' * bool(left_out)}")
-    click.echo(f"  bank        {bank['normal_rows']} rows x {bank['dimensions']}")
+    left_out = card["images"].get("left_out_unreadable", 0)
+    click.echo(f"  images      {card['images']['all']}{f', {left_out} unreadable left out' * bool(left_out)}")
+    for port in detector.spec.knowledge:
+        if port.rows is not None:
+            rows, dimensions = detector.pack.arrays[port.name].shape
+            click.echo(f"  {port.name:<16} {rows} rows x {dimensions}")
     click.echo(f"  threshold   {detector.pack.calibration.threshold:.4g}")
-    click.echo(f"  {detector.card['calibration']}")
-    unusual = ", ".join(f"{item['image']} ({item['score']:.4g})" for item in detector.card["most_unusual"])
-    click.echo(f"  most unusual of the held-out photographs: {unusual}")
-    click.echo("  look at them: a bad part among the good ones raises the threshold and hides defects")
-    click.echo(f"next: edgead export {output} --target onnx -o {output.with_suffix('.bundle').name}")
+    click.echo(f"  {card['calibration']}")
+    if card.get("most_unusual"):
+        unusual = ", ".join(f"{item['image']} ({item['score']:.4g})" for item in card["most_unusual"])
+        click.echo(f"  most unusual of the held-out photographs: {unusual}")
+        click.echo("  look at them: a bad part among the good ones raises the threshold and hides defects")
+    if words["method"] == "normality":
+        click.echo(f"next: edgead export BASE.detector --with-normality {output} --target onnx -o part.bundle")
+    else:
+        click.echo(f"next: edgead export {output} --target onnx -o {output.with_suffix('.bundle').name}")
 
 
-def fit_from_options(normal: Path, output: Path, *, force: bool = False, **words: Any) -> Any:
-    """Fit as the words of `fit_options` say; see `edgead.server_side.fitting.fit_memory_bank`."""
+def fit_from_options(normal: Path | None, output: Path, *, force: bool = False, **words: Any) -> Any:
+    """Fit as the words of `fit_options` say, and write the detector.
+
+    Raises:
+        InputError: an unknown method, or an option that the method needs is missing or foreign to it.
+        EdgeadError: see the method's module.
+    """
     check_method(words["method"])
     preprocessing = parse_preprocessing(words["size"], words["roi"], words["tiles"], words["overlap"], words["rotate"])
     samples = anomalous_samples(words["anomalous"])
+    if words["method"] == MEMORY_BANK:
+        detector = _fit_memory_bank(normal, output, preprocessing, samples, force, words)
+    else:
+        detector = _fit_with_sentences(normal, output, preprocessing, samples, force, words)
+    _tell_left_out(detector.card)
+    return detector
+
+
+def _fit_memory_bank(
+    normal: Path | None, output: Path, preprocessing: Preprocessing, samples: Samples, force: bool, words: Words
+) -> FittedDetector:
+    for option in ("model", "model_weights", "class_name", "prompts", "projections", "auxiliary"):
+        if words[option] is not None:
+            raise InputError(
+                wanted="a method with sentences for " + _OPTION.get(option, f"--{option.replace('_', '-')}"),
+                got=f"--method {MEMORY_BANK}, which knows none",
+                next_step=f"Name one of: {', '.join(LANGUAGE_METHODS)}.",
+            )
+    if normal is None:
+        raise InputError(
+            wanted="photographs of good parts", got="no --normal", next_step="Add: --normal DIR, a folder of pictures."
+        )
     # torch comes with this import, so mistakes in the options are told before it
     from edgead.server_side.fitting import FitOptions, fit_memory_bank
 
@@ -69,9 +126,64 @@ def fit_from_options(normal: Path, output: Path, *, force: bool = False, **words
         seed=words["seed"],
         skip_unreadable=words["skip_unreadable"],
     )
-    detector = fit_memory_bank(normal, output, options, anomalous=samples, force=force)
-    _tell_left_out(detector.card)
-    return detector
+    return fit_memory_bank(normal, output, options, anomalous=samples, force=force)
+
+
+def _fit_with_sentences(
+    normal: Path | None, output: Path, preprocessing: Preprocessing, samples: Samples, force: bool, words: Words
+) -> FittedDetector:
+    method = words["method"]
+    if words["size"] is not None:
+        raise InputError(
+            wanted=f"the image size of --model for --method {method}",
+            got=f"--size {words['size']}",
+            next_step="Leave --size out; use --tiles for large pictures.",
+        )
+    if words["model"] is None:
+        raise InputError(
+            wanted=f"a vision-language model for --method {method}",
+            got="no --model",
+            next_step="Add for example: --model MobileCLIP-S1 --model-weights FILE (or ViT-B-16-plus-240, "
+            "ViT-L-14-336, or an open_clip JSON configuration).",
+        )
+    class_name = (words["class_name"] or "").strip()
+    if not class_name:
+        raise InputError(
+            wanted="what the part is, as a word in sentences",
+            got="no --class" if words["class_name"] is None else "an empty --class",
+            next_step="Add for example: --class carpet",
+        )
+    refuse_existing(output, force)
+    layers = parse_layers(words["layers"])
+    if layers is not None and not all(isinstance(layer, int) and layer > 0 for layer in layers):
+        raise InputError(wanted="layers as numbers from 1", got=f"--layers {words['layers']}", next_step="Try 6,12.")
+    paths = [] if normal is None else list_images(normal)
+    from edgead.server_side.vision_language.options import VisionLanguageOptions
+
+    learn = importlib.import_module(f"edgead.server_side.detectors.{LANGUAGE_METHODS[method]}").learn
+    left_out: list[LeftOut] = []
+    if words["skip_unreadable"]:
+        paths, samples, left_out = leave_out_unreadable(paths, samples)
+    options = VisionLanguageOptions(
+        model=words["model"],
+        weights=words["model_weights"],
+        class_name=class_name,
+        domain=words["domain"],
+        prompts=words["prompts"],
+        shots=words["shots"],
+        layers=layers,  # type: ignore[arg-type]  # all numbers, as checked above
+        projections=words["projections"],
+        auxiliary=words["auxiliary"],
+        preprocessing=preprocessing,
+        false_alarm_rate=words["false_alarms"],
+        product=words["product"],
+        seed=words["seed"],
+    )
+    learned: Learned = learn(paths, options, samples)
+    if left_out:
+        learned.card["images"]["left_out_unreadable"] = len(left_out)
+        learned.card["left_out"] = left_out_facts(left_out)
+    return learned.write(output, force=force)
 
 
 def _tell_left_out(card: Mapping[str, Any]) -> None:

@@ -13,7 +13,18 @@ from edgead.runtime.errors import InputError
 from edgead.runtime.image import list_images
 from edgead.runtime.spec import Preprocessing, Region, Tiling
 
-METHODS = ("memory-bank",)
+MEMORY_BANK = "memory-bank"
+LANGUAGE_METHODS = {
+    "winclip": "winclip",
+    "april-gan": "april_gan",
+    "alfa": "alfa",
+    "anomalous-few-shot": "anomalous_few_shot",
+    "normality": "normality",
+}
+"""Methods that rest on sentences -> their module in `edgead.server_side.detectors`."""
+METHODS = (MEMORY_BANK, *LANGUAGE_METHODS)
+
+DEFAULT_SIZE = "256"
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -21,7 +32,9 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 def fit_options(command: Command) -> Command:
     """Add the options that say how to fit to a click command."""
     options = [
-        click.option("--method", default="memory-bank", show_default=True, help="Detection method."),
+        click.option(
+            "--method", default=MEMORY_BANK, show_default=True, metavar="METHOD", help=f"One of {', '.join(METHODS)}."
+        ),
         click.option("--product", default="part", show_default=True, help="Name of the product."),
         click.option(
             "--backbone",
@@ -30,8 +43,8 @@ def fit_options(command: Command) -> Command:
             help="Feature network: embedded, or any timm model such as resnet18.",
         ),
         click.option("--backbone-weights", type=click.Path(path_type=Path), help="Local weights for it."),
-        click.option("--layers", help="Layers of the backbone, comma-separated; its own choice if left out."),
-        click.option("--size", default="256", show_default=True, help="Engine frame: SIDE or WIDTHxHEIGHT."),
+        click.option("--layers", help="Layers to compare, comma-separated; the method's own choice if left out."),
+        click.option("--size", help="Engine frame: SIDE or WIDTHxHEIGHT; 256, or the image size of --model."),
         click.option("--roi", help="Region of interest in pixels of the rotated frame: X,Y,WIDTH,HEIGHT."),
         click.option("--tiles", help="Tiles over the region of interest: COLUMNSxROWS."),
         click.option("--overlap", default=0.1, show_default=True, help="Share that neighbouring tiles overlap."),
@@ -62,6 +75,32 @@ def fit_options(command: Command) -> Command:
             help="Leave pictures out that cannot be read, and name each with its reason; an error if not given.",
         ),
         click.option("--seed", default=0, show_default=True),
+        click.option(
+            "--model",
+            help="Methods with sentences: open_clip model, such as MobileCLIP-S1 or ViT-B-16-plus-240, or a JSON "
+            "configuration.",
+        ),
+        click.option("--model-weights", help="Its pretrained tag, a local checkpoint, or random:SEED."),
+        click.option("--class", "class_name", help="What the part is, as a word in sentences: carpet, metal nut."),
+        click.option("--domain", default="industrial", show_default=True, help="Kind of picture, for sentences."),
+        click.option(
+            "--prompts",
+            type=click.Path(path_type=Path),
+            help="Prompt set of `edgead prompts`; the method's own curated one if left out.",
+        ),
+        click.option(
+            "--shots",
+            type=click.IntRange(0),
+            default=0,
+            show_default=True,
+            help="Good parts that become reference banks; 0 for sentences alone.",
+        ),
+        click.option("--projections", type=click.Path(path_type=Path), help="Trained projections (april-gan)."),
+        click.option(
+            "--auxiliary",
+            type=click.Path(path_type=Path),
+            help="Data set with masks to train projections on; painted parts if left out.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -76,13 +115,19 @@ def parse_layers(text: str | None) -> tuple[str | int, ...] | None:
     return tuple(int(part) if part.isdecimal() else part for part in parts)
 
 
-def parse_preprocessing(size: str, roi: str | None, tiles: str | None, overlap: float, rotate: str) -> Preprocessing:
+def parse_preprocessing(
+    size: str | None, roi: str | None, tiles: str | None, overlap: float, rotate: str
+) -> Preprocessing:
     """The declared preprocessing from the words of the command line.
+
+    Args:
+        size: SIDE or WIDTHxHEIGHT; 256 if None.
+        roi, tiles, overlap, rotate: see the options' help.
 
     Raises:
         InputError: a text that is not of the form the option's help gives, or a number outside its range.
     """
-    sides = _numbers("--size", size, "x", (1, 2), "256 or 320x256", lowest=32)
+    sides = _numbers("--size", size or DEFAULT_SIZE, "x", (1, 2), "256 or 320x256", lowest=32)
     width, height = sides[0], sides[-1]
     if width % 32 or height % 32 or max(width, height) > 4096:
         raise InputError(

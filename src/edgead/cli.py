@@ -22,6 +22,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("edgead.runtime.cli:bench", "Time the engines of a bundle on this machine."),
     "evaluate": ("edgead.server_side.evaluate_cli:evaluate", "Measure a bundle on a labelled data set."),
     "compile": ("edgead.runtime.compile_cli:compile_command", "Build TensorRT plans on the device."),
+    "prompts": ("edgead.server_side.prompts.cli:prompts", "Sentences about good and bad parts, by template or LLM."),
+    "text-table": ("edgead.server_side.vision_language.cli:text_table", "Sentences -> rows of knowledge."),
+    "normality": ("edgead.server_side.normality_cli:normality", "Teach a bundle what is normal by a sentence."),
     "backbone": ("edgead.server_side.backbones.cli:backbone", "Show or distil the embedded backbone."),
 }
 """Name -> where the command lives, and its line in the help. Nothing is imported until one is called."""
@@ -34,6 +37,9 @@ _EXTRA_OF = {
     "sklearn": "export",
     "openvino": "openvino",
     "timm": "server",
+    "open_clip": "server",
+    "openai": "server",
+    "transformers": "server",
 }
 
 
