@@ -178,6 +178,8 @@ def _cast_first(graph: GraphProto, name: str, part: str) -> None:
                 chain.append(node)
             elif node.op_type in _MOVES and node.input[0] == value:
                 reached.append(node.output[0])
+            elif node.op_type == "Shape":
+                continue  # the batch's size: it is that of the cast pixels too
             else:
                 raise DetectorError(
                     wanted=f"a {part} that casts uint8 pixels to one float type before computing with them",
