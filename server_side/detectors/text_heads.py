@@ -56,8 +56,8 @@ def class_embeddings(table: Tensor, rows: Tensor, state: Tensor) -> Tensor:
         float32 [2, E]: normal, anomalous. A class without a prompt is the zero vector.
     """
     valid = valid_rows(table, rows)
-    anomalous = state > 0.5
-    member = torch.stack([valid & ~anomalous, valid & anomalous]).to(table.dtype)  # [2, T]
+    counts, anomalous = valid.to(table.dtype), (state > 0.5).to(table.dtype)
+    member = torch.stack([counts * (1.0 - anomalous), counts * anomalous])  # [2, T]
     # Padding may hold anything finite; it must not enter even with weight 0.
     kept = torch.where(valid.unsqueeze(1), table, 0.0)
     return unit(member @ kept / member.sum(1, keepdim=True).clamp_min(1.0))
@@ -71,9 +71,9 @@ def anomalous_share(features: Tensor, classes: Tensor, temperature: float) -> Te
         classes: float32 [2, E] of `class_embeddings`.
         temperature: of the softmax.
     """
+    cosine = torch.matmul(unit(features), classes.T)
     # Of two classes the softmax is the logistic function of their difference.
-    direction = classes[ANOMALOUS] - classes[NORMAL]
-    return torch.sigmoid(torch.matmul(unit(features), direction) / temperature)
+    return torch.sigmoid((cosine[..., ANOMALOUS] - cosine[..., NORMAL]) / temperature)
 
 
 def most_like(features: Tensor, bank: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,6 +107,22 @@ def present(rows: Tensor) -> Tensor:
 def prompt_likeness(image: Tensor, table: Tensor, rows: Tensor) -> Tensor:
     """Cosine of image embeddings [B, E] with every prompt [T, E], as evidence: [B, T], padding `LEAST_LIKE`."""
     return torch.where(valid_rows(table, rows), torch.matmul(unit(image), unit(table).T), LEAST_LIKE)
+
+
+def mean_of_present(maps: Sequence[Tensor], rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean of the maps whose bank has a row, and whether there is any.
+
+    Args:
+        maps: each [B, ...], all of one shape.
+        rows: int32 [1] for each, the count of its bank.
+
+    Returns:
+        the mean [B, ...], 0 where no bank has a row, and float32 [1], 1.0 or 0.0.
+    """
+    weights = [present(count) for count in rows]
+    total = torch.stack(weights).sum(0)
+    mean = torch.stack([weight * each for weight, each in zip(weights, maps, strict=True)]).sum(0)
+    return mean / total.clamp_min(1.0), total.clamp_max(1.0)
 
 
 class HarmonicWindows(nn.Module):
@@ -180,6 +196,7 @@ __all__: Sequence[str] = (
     "association",
     "class_embeddings",
     "cover",
+    "mean_of_present",
     "most_like",
     "present",
     "prompt_likeness",
