@@ -2,6 +2,7 @@
 
     manifest.json                      what everything is, with size and SHA-256 of every other file
     engines/<engine>/trunk.*, head.*   compiled graphs, or ONNX for the device to compile
+    engines/<engine>/normality/        the same of the second detector, if there is one
     knowledge/<product>.safetensors    the initial knowledge packs
     golden/NNN.png, reference.safetensors   engine-sized frames and torch's float32 maps of them
     parity.json, card.md               how far the engines are from torch; what the detector was made from
@@ -38,7 +39,9 @@ from edgead.runtime.spec import (
     GoldenRecord,
     Limits,
     Manifest,
+    NormalityRecord,
     canonical_json,
+    with_normality,
 )
 from edgead.runtime.tensors import decode_tensors, encode_tensors
 
@@ -129,7 +132,7 @@ class Bundle:
         pack = decode_pack(self.read(self.manifest.packs[product]), limits=self._limits)
         if pack.product != product:
             refuse(f"the pack of {product!r}", f"one of {pack.product!r} in its place")
-        check_fits(pack, self.manifest.detector)
+        check_fits(pack, self.manifest.knowing)
         return pack
 
     def engine(self, target: str | None = None) -> EngineRecord:
@@ -268,6 +271,7 @@ def write_bundle(
     files: Mapping[str, bytes],
     default: str | None = None,
     force: bool = False,
+    normality: NormalityRecord | None = None,
 ) -> Bundle:
     """Write a bundle: a folder, or one file if `path` ends with `.edgead`. Same content, same bytes.
 
@@ -281,6 +285,7 @@ def write_bundle(
         files: content of every file but the manifest and the packs, by path inside the bundle.
         default: the default product; by default the first of `packs`.
         force: replace what is at `path`.
+        normality: the second detector, whose graphs the engines then have too and whose knowledge the packs.
 
     Raises:
         BundleError: a name, a reference or a number that the format does not have.
@@ -292,8 +297,9 @@ def write_bundle(
     disk.refuse_existing(path, force)
     contents = dict(files)
     places: dict[str, str] = {}
+    knowing = detector if normality is None else with_normality(detector, normality.detector)
     for product, pack in packs.items():
-        check_fits(pack, detector)
+        check_fits(pack, knowing)
         if pack.product != product:
             refuse(f"the pack of {product!r}", f"one of {pack.product!r}")
         places[product] = f"knowledge/{product}.safetensors"
@@ -310,6 +316,7 @@ def write_bundle(
         files={
             member: FileRecord(len(data), hashlib.sha256(data).hexdigest()) for member, data in sorted(contents.items())
         },
+        normality=normality,
     )
     check_manifest(manifest)
     contents[MANIFEST] = _manifest_bytes(manifest)

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from edgead.runtime.bundle import Bundle, open_bundle
+from edgead.runtime.engines import normality_record
 from edgead.runtime.engines.tensorrt_build import LIBRARIES, Library, check_capabilities, compile_engine, load_backend
 from edgead.runtime.engines.tensorrt_plans import (
     CACHE_VARIABLE,
@@ -124,7 +125,8 @@ def compile_bundle(
         gpu.activate()
         match = DeviceMatch(backend.library, backend.version, gpu.compute_capability, gpu.name)
     results = []
-    for record in records:
+    pairs = [pair for record in records if (pair := normality_record(record)) is not None]
+    for record in [*records, *pairs]:
         folder = plan_folder(bundle, record, cache)
         if folder is None:
             raise InputError(

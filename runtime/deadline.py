@@ -88,3 +88,50 @@ class DeadlineWorker(Generic[Result]):
             with self._state:
                 self._busy = False
                 self._state.notify_all()
+
+
+class LateError(Exception):
+    """A frame's deadline has passed; says which. Never leaves the inspector."""
+
+
+class Clock:
+    """Times of one frame's stages, and its deadline, looked at between them.
+
+    Args:
+        start: when the frame came, a time of `time.perf_counter`.
+        until: its deadline, likewise; None if it has none.
+    """
+
+    def __init__(self, start: float, until: float | None) -> None:
+        self.start, self._until = start, until
+        self.timings: dict[str, float] = {}
+        """Milliseconds by stage."""
+        self.begin()
+
+    def begin(self) -> None:
+        """What comes now is not part of the stage before."""
+        self._lap = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """The stage is done."""
+        now = time.perf_counter()
+        self.timings[stage] = (now - self._lap) * 1e3
+        self._lap = now
+
+    def total(self) -> None:
+        """All is done."""
+        self.timings["total"] = (time.perf_counter() - self.start) * 1e3
+
+    def check(self) -> None:
+        """Go on only if there is time left.
+
+        Raises:
+            LateError: there is none.
+        """
+        if self._until is not None and time.perf_counter() >= self._until:
+            raise LateError(late((self._until - self.start) * 1e3))
+
+
+def late(deadline_ms: float) -> str:
+    """The reason of a frame that missed its deadline."""
+    return f"deadline of {deadline_ms:g} ms"

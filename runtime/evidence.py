@@ -1,4 +1,4 @@
-"""Which bank row an answer rests on: the row nearest to the patch under a peak of the map."""
+"""What an answer rests on: the bank row nearest to the patch under a peak of the map; the sentences that weighed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgead.runtime.inspection import Evidence
-from edgead.runtime.knowledge import Pack
+from edgead.runtime.inspection import Evidence, Sentence
+from edgead.runtime.knowledge import Pack, is_bank
+from edgead.runtime.notes import read_note
 from edgead.runtime.preprocess import tile_boxes
 from edgead.runtime.regions import point_in_frame
 from edgead.runtime.spec import DetectorSpec, Preprocessing
@@ -18,6 +19,8 @@ from edgead.runtime.spec import DetectorSpec, Preprocessing
 Point = tuple[int, int]
 Arrays = Mapping[str, NDArray[Any]]
 
+SENTENCES = 5
+"""Most sentences that are named for one frame."""
 _SAME_PEAK = 2
 """Patches."""
 
@@ -43,11 +46,12 @@ def find_evidence(
         frame_shape: of the source frame.
     """
     nearest = outputs.get("nearest_row")
-    bank = next((port.name for port in detector.knowledge if port.rows is not None), None)
+    rows = [port.name for port in detector.knowledge if port.rows is not None]
+    bank = next((name for name in rows if is_bank(name)), rows[0] if rows else None)
     if nearest is None or bank is None:
         return ()
     grid = patch_grid(nearest.shape[1], detector.preprocessing) if map_shape is not None else None
-    tiles = _Tiles(outputs["anomaly_map"], grid, frame_shape, detector.preprocessing) if grid else None
+    tiles = Tiles(outputs["anomaly_map"], grid, frame_shape, detector.preprocessing) if grid else None
     worst = outputs.get("worst_patch")
     tile = int(outputs["score"].argmax())
     places: list[tuple[int, int]] = []
@@ -73,6 +77,55 @@ def find_evidence(
     return tuple(found)
 
 
+def find_sentences(outputs: Arrays, pack: Pack, detector: DetectorSpec, texts: Texts) -> tuple[Sentence, ...]:
+    """The text rows with most weight in the decision, heaviest first: at most `SENTENCES`.
+
+    Rows of the tile that made the score count; padded rows, and rows of weight 0, had no part in it.
+
+    Args:
+        outputs: of the head, one entry for each tile.
+        pack: the knowledge that the head compared with.
+        detector: says which array `evidence` weighs: the one whose row symbol is that output's.
+        texts: of the pack.
+    """
+    weights = outputs.get("evidence")
+    name = weighed(detector)
+    if weights is None or name is None:
+        return ()
+    found = weights[int(outputs["score"].argmax()), : len(pack.arrays[name])]
+    order = np.argsort(-found, kind="stable")[:SENTENCES]
+    return tuple(
+        Sentence(texts(name, int(row)), float(found[row]), name, int(row))
+        for row in order
+        if np.isfinite(found[row]) and found[row] != 0
+    )
+
+
+@lru_cache(maxsize=64)
+def weighed(detector: DetectorSpec) -> str | None:
+    """Name of the knowledge array whose rows the output `evidence` weighs."""
+    port = next((port for port in detector.outputs if port.name == "evidence"), None)
+    if port is None:
+        return None
+    symbol = port.shape[-1]
+    return next((taken.name for taken in detector.knowledge if taken.shape and taken.shape[0] == symbol), None)
+
+
+class Texts:
+    """The sentences of a pack's rows, each note read once: called with an array's name and a row."""
+
+    def __init__(self, pack: Pack) -> None:
+        self._pack = pack
+        self._read: dict[str, list[str]] = {}
+
+    def __call__(self, array: str, row: int) -> str:
+        if array not in self._read:
+            rows = read_note(self._pack, array)["rows"] if array in self._pack.arrays else []
+            self._read[array] = [str(entry["text"]) for entry in rows]
+        known = self._read[array]
+        return known[row] if 0 <= row < len(known) else f"row {row} of {array}"
+
+
 @lru_cache(maxsize=64)
 def patch_grid(patches: int, spec: Preprocessing) -> tuple[int, int] | None:
     """Rows and columns of a grid of `patches` over the engine's frame; None if its shape does not tell.
@@ -84,7 +137,7 @@ def patch_grid(patches: int, spec: Preprocessing) -> tuple[int, int] | None:
     return (patches // columns, columns) if columns and abs(columns - ideal) <= 1 else None
 
 
-class _Tiles:
+class Tiles:
     """Where patches lie in the merged map. A patch is (tile, index in the tile's grid)."""
 
     def __init__(

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from edgead.runtime.spec import Region
 
-STAGES = ("prepare", "trunk", "head", "regions", "total")
-"""Stages of one frame, in the order they happen; `total` is what the caller waited."""
+STAGES = ("prepare", "trunk", "head", "normality", "regions", "total")
+"""Stages of one frame, in the order they happen; `total` is what the caller waited. `normality` is 0 on frames
+that needed no look at what is normal by a sentence."""
 
 
 class Verdict(str, Enum):
@@ -61,6 +62,45 @@ class Evidence:
     point: tuple[int, int] | None
 
 
+@dataclass(frozen=True, slots=True)
+class SuppressedRegion:
+    """One area that would have alarmed, had a sentence not said that it is normal.
+
+    Attributes:
+        box, area: as in `DefectRegion`.
+        peak: largest value of the anomaly map in it before suppression.
+        point: (x, y) of that value in pixels of the source frame.
+        share: how much of the peak's way down to the frame's floor was suppressed, 0..1.
+        sentence: the sentence that explains the peak.
+        row: its row in `normality.table`; None if the engine named none.
+    """
+
+    box: Region
+    area: int
+    peak: float
+    point: tuple[int, int]
+    share: float
+    sentence: str
+    row: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """A row of text that had weight in the decision.
+
+    Attributes:
+        text: the sentence, prompt or descriptor; the row's place if the knowledge has no text for it.
+        weight: as the head gives it; comparable within one frame.
+        array: name of the knowledge array.
+        row: the row in it.
+    """
+
+    text: str
+    weight: float
+    array: str
+    row: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Inspection:
     """The result of one frame, made with one version of the knowledge.
@@ -80,6 +120,10 @@ class Inspection:
         timings: milliseconds by stage, see `STAGES`.
         reason: why the frame was not inspected; None if it was.
         map_threshold: map value that regions were outlined at, from the same knowledge; None if it has none.
+        suppressed: areas that a sentence explains and that alarm no longer, by descending peak; on NG frames
+            they stand beside `regions`. Score, map and regions are those after suppression.
+        base_score: the image score before suppression; None where nothing was compared with sentences.
+        sentences: the text rows with most weight in the decision, heaviest first; empty if the head weighs none.
     """
 
     verdict: Verdict
@@ -94,6 +138,9 @@ class Inspection:
     timings: Mapping[str, float] = field(default_factory=dict)
     reason: str | None = None
     map_threshold: float | None = None
+    suppressed: tuple[SuppressedRegion, ...] = ()
+    base_score: float | None = None
+    sentences: tuple[Sentence, ...] = ()
 
     @property
     def passes(self) -> bool:
@@ -141,6 +188,30 @@ class ResultRegion(Struct, frozen=True):
     point: tuple[int, int]
 
 
+class ResultSuppressed(Struct, frozen=True):
+    """A `SuppressedRegion` in a result line."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+    area: int
+    peak: float
+    point: tuple[int, int]
+    share: float
+    sentence: str
+    row: int | None
+
+
+class ResultSentence(Struct, frozen=True):
+    """A `Sentence` in a result line."""
+
+    text: str
+    weight: float
+    array: str
+    row: int
+
+
 class ResultEvidence(Struct, frozen=True):
     """An `Evidence` in a result line; `id` is the row's id."""
 
@@ -167,11 +238,18 @@ class ResultLine(Struct, frozen=True):
     knowledge: str
     """Version of the knowledge that made the score."""
     ms: dict[str, float]
-    """Milliseconds by stage: prepare, trunk, head, regions, total."""
+    """Milliseconds by stage: prepare, trunk, head, normality, regions, total."""
     reason: str | None
     """Why the frame was not inspected."""
     time: str | None
     """UTC time at which a camera's frame was taken; null for files."""
+    # Lines of earlier versions lack these keys.
+    suppressed: tuple[ResultSuppressed, ...] = ()
+    """Regions that a sentence explains, so that they alarm no longer."""
+    base_score: float | None = None
+    """The score before suppression; null where no sentence was looked at."""
+    sentences: tuple[ResultSentence, ...] = ()
+    """The text rows with most weight in the decision."""
 
 
 def result_line(
@@ -203,6 +281,20 @@ def result_line(
         ms={stage: round(value, 3) for stage, value in inspection.timings.items()},
         reason=inspection.reason,
         time=time,
+        suppressed=tuple(
+            ResultSuppressed(
+                *(item.box.x, item.box.y, item.box.width, item.box.height),
+                area=item.area,
+                peak=item.peak,
+                point=item.point,
+                share=round(item.share, 4),
+                sentence=item.sentence,
+                row=item.row,
+            )
+            for item in inspection.suppressed
+        ),
+        base_score=inspection.base_score,
+        sentences=tuple(ResultSentence(item.text, item.weight, item.array, item.row) for item in inspection.sentences),
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,31 +12,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgead.runtime.active import ActiveKnowledge, Knowing
 from edgead.runtime.bundle import Bundle, open_bundle
-from edgead.runtime.deadline import DeadlineWorker
-from edgead.runtime.engines import Session, open_engine
+from edgead.runtime.deadline import Clock, DeadlineWorker, LateError, late
+from edgead.runtime.engines import open_engine
 from edgead.runtime.errors import EngineError, InputError
-from edgead.runtime.evidence import find_evidence
-from edgead.runtime.inspection import DefectRegion, Inspection, Verdict, not_inspected
+from edgead.runtime.evidence import find_evidence, find_sentences
+from edgead.runtime.inspection import DefectRegion, Inspection, SuppressedRegion, Verdict, not_inspected
 from edgead.runtime.knowledge import Pack
+from edgead.runtime.normality import (
+    Mode,
+    explained_regions,
+    is_due,
+    suppress_map,
+    suppress_score,
+    suppression_map,
+)
 from edgead.runtime.preprocess import check_frame, merge_maps, prepare, tile_count
 from edgead.runtime.regions import Outline, outline, to_regions
-from edgead.runtime.spec import Port
 
 _CLOSE_SECONDS = 10.0
-
-
-@dataclass(eq=False)
-class _Knowing:
-    """A head with the pack that is bound in it. Frames hold it whole, so they never see half of two."""
-
-    pack: Pack
-    head: Session
-    version: str
-    users: int = 0
-    """Frames that work with it now."""
-    retired: bool = False
-    """No new frame will take it; the last one that holds it closes it."""
+_MODES = ("lazy", "eager")
 
 
 class Inspector:
@@ -54,8 +49,12 @@ class Inspector:
         device: the library's name of a device, None for its default.
         packs: knowledge to start with instead of, or beside, the bundle's own.
         products: products of the bundle to open; None for all. Each costs the time of a head.
+        suppression: when frames are compared with the sentences of their pack, if it has any. 'lazy' only after
+            an alarm, which changes no decision (see `edgead.runtime.normality`); 'eager' always, for whoever
+            needs the suppressed score and map of every frame. None is 'lazy'.
 
     Raises:
+        InputError: another word for `suppression`.
         BundleError: the bundle is damaged or has no such engine or product.
         KnowledgeError: a pack does not fit.
         MissingDependencyError: the engine's library is not installed.
@@ -71,7 +70,13 @@ class Inspector:
         device: str | None = None,
         packs: Iterable[Pack] = (),
         products: Iterable[str] | None = None,
+        suppression: Mode | None = None,
     ) -> None:
+        if suppression is not None and suppression not in _MODES:
+            raise InputError(
+                wanted=f"a suppression of {' or '.join(_MODES)}", got=repr(suppression), next_step="Name one of these."
+            )
+        self.suppression: Mode = suppression or "lazy"
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
         self.spec = self.bundle.manifest.detector
         given = {pack.product: pack for pack in packs}
@@ -82,13 +87,11 @@ class Inspector:
         self.default = wanted if wanted in given else next(iter(given), wanted)
         self._tiles = tile_count(self.spec.preprocessing)
         self._turn = threading.Lock()
-        self._swapping = threading.Lock()
-        self._books = threading.Lock()
         self._worker: DeadlineWorker[Inspection] = DeadlineWorker()
-        self._active: dict[str, _Knowing] = {}
         self._closed = False
         self._engine = open_engine(self.bundle, target, threads=threads, device=device)
         self._trunk = self._engine.trunk(self._tiles)
+        self._active = ActiveKnowledge(self._engine, self._tiles)
         for pack in given.values():
             self.swap(pack)
 
@@ -105,8 +108,7 @@ class Inspector:
     @property
     def products(self) -> tuple[str, ...]:
         """Products that frames can be inspected for, the default one first."""
-        with self._books:
-            return tuple(sorted(self._active, key=lambda product: (product != self.default, product)))
+        return tuple(sorted(self._active.products, key=lambda product: (product != self.default, product)))
 
     def knowledge(self, product: str | None = None) -> Pack:
         """The active pack of a product.
@@ -114,12 +116,15 @@ class Inspector:
         Raises:
             InputError: there is no such product here.
         """
-        return self._knowing(product).pack
+        knowing = self._take(product)
+        self._active.give_back(knowing)
+        return knowing.pack
 
     def swap(self, pack: Pack) -> tuple[str | None, str]:
         """Make `pack` the active knowledge of its product; a product that is new here is added.
 
-        The trunk is not touched. If anything fails the old knowledge stays active. Knowledge that is active
+        Trunks are not touched, and a head only if arrays that it takes changed: thresholds make no new head, and
+        sentences none of the bank's. If anything fails the old knowledge stays active. Knowledge that is active
         already is left as it is.
 
         Returns:
@@ -128,27 +133,10 @@ class Inspector:
         Raises:
             KnowledgeError: the pack is of another feature space, or over the engine's capacity.
             EngineError: the engine's library refused the new head.
+            EngineMismatchError: the first sentence came, and the second trunk has no plan for this machine.
             InputError: the inspector is closed.
         """
-        with self._swapping:
-            with self._books:
-                old = self._active.get(pack.product)
-                if self._closed:
-                    raise InputError(wanted="an open inspector", got="a closed one", next_step="Make a new Inspector.")
-            if old is not None and old.pack.digest == pack.digest:
-                return old.version, old.version
-            head = self._engine.head(pack, self._tiles)
-            try:
-                # A first run allocates and chooses kernels; better here than on a frame.
-                head.infer({port.name: _zeros(port) for port in head.inputs})
-            except BaseException:
-                head.close()
-                raise
-            new = _Knowing(pack, head, pack.version)
-            with self._books:
-                self._active[pack.product] = new
-                self._retire(old)
-            return (old.version if old else None), new.version
+        return self._active.swap(pack)
 
     def inspect(
         self, frame: NDArray[np.uint8], *, product: str | None = None, deadline_ms: float | None = None
@@ -179,8 +167,8 @@ class Inspector:
         until = start + deadline_ms / 1000.0
         begun, result = self._worker.run(lambda: self._work(frame, knowing, start, until), until)
         if not begun:
-            self._give_back(knowing)
-        return result or _unanswered(knowing, start, {}, _late(deadline_ms))
+            self._active.give_back(knowing)
+        return result or _unanswered(knowing, start, {}, late(deadline_ms))
 
     def refusal(self, reason: str, product: str | None = None) -> Inspection:
         """The NOT_INSPECTED answer for a frame that never was a picture, naming the active knowledge.
@@ -188,7 +176,9 @@ class Inspector:
         Raises:
             InputError: unknown product.
         """
-        return _unanswered(self._knowing(product), time.perf_counter(), {}, reason)
+        knowing = self._take(product)
+        self._active.give_back(knowing)
+        return _unanswered(knowing, time.perf_counter(), {}, reason)
 
     def embed(self, frame: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """The trunk's features of a frame, for enrolment: each [T, ...] with T tiles.
@@ -216,18 +206,14 @@ class Inspector:
         then left to the end of the process, because freeing it under a running call would crash.
         """
         self._worker.close()
-        with self._books:
-            if self._closed:
-                return
-            self._closed = True
-        # A swap that has begun comes to its end first, so that its head is among those closed.
-        with self._swapping, self._books:
-            for knowing in self._active.values():
-                self._retire(knowing)
-            self._active = {}
+        if self._closed:
+            return
+        self._closed = True
+        self._active.close()
         if self._turn.acquire(timeout=_CLOSE_SECONDS):
             try:
                 self._trunk.close()
+                self._active.close_normality()
                 self._engine.close()
             finally:
                 self._turn.release()
@@ -240,88 +226,96 @@ class Inspector:
     ) -> None:
         self.close()
 
-    def _knowing(self, product: str | None, take: bool = False) -> _Knowing:
-        with self._books:
-            knowing = self._active.get(self.default if product is None else product)
-            if knowing is not None:
-                knowing.users += take
-                return knowing
-        raise InputError(
-            wanted=f"one of the products {', '.join(self.products) or '(none: the inspector is closed)'}",
-            got=repr(self.default if product is None else product),
-            next_step="Name one of these, or add its knowledge with swap(pack).",
-        )
-
-    def _take(self, product: str | None) -> _Knowing:
+    def _take(self, product: str | None) -> Knowing:
         """The one snapshot that a frame takes."""
-        return self._knowing(product, take=True)
+        name = self.default if product is None else product
+        knowing = self._active.take(name)
+        if knowing is None:
+            raise InputError(
+                wanted=f"one of the products {', '.join(self.products) or '(none: the inspector is closed)'}",
+                got=repr(name),
+                next_step="Name one of these, or add its knowledge with swap(pack).",
+            )
+        return knowing
 
-    def _give_back(self, knowing: _Knowing) -> None:
-        with self._books:
-            knowing.users -= 1
-            if knowing.retired and not knowing.users:
-                knowing.head.close()
-
-    def _retire(self, knowing: _Knowing | None) -> None:
-        """Close a head, or leave that to the last frame that holds it. Under the lock of the books."""
-        if knowing is not None:
-            knowing.retired = True
-            if not knowing.users:
-                knowing.head.close()
-
-    def _work(self, frame: NDArray[np.uint8], knowing: _Knowing, start: float, until: float | None) -> Inspection:
-        timings: dict[str, float] = {}
+    def _work(self, frame: NDArray[np.uint8], knowing: Knowing, start: float, until: float | None) -> Inspection:
+        clock = Clock(start, until)
         try:
-            began = time.perf_counter()
             image = prepare(frame, self.spec.preprocessing)
-            _lap(timings, "prepare", began)
+            clock.lap("prepare")
             with self._turn:
-                return self._decide(frame.shape, image, knowing, start, until, timings)
+                clock.begin()
+                return self._decide(frame, image, knowing, clock)
+        except LateError as error:
+            return _unanswered(knowing, start, clock.timings, str(error))
         except EngineError as error:
-            return _unanswered(knowing, start, timings, f"engine: {error.got}")
+            return _unanswered(knowing, start, clock.timings, f"engine: {error.got}")
         finally:
-            self._give_back(knowing)
+            self._active.give_back(knowing)
 
-    def _decide(
-        self,
-        frame_shape: tuple[int, ...],
-        image: NDArray[np.uint8],
-        knowing: _Knowing,
-        start: float,
-        until: float | None,
-        timings: dict[str, float],
-    ) -> Inspection:
+    def _decide(self, frame: NDArray[np.uint8], image: NDArray[np.uint8], knowing: Knowing, clock: Clock) -> Inspection:
         """Trunk, head, map and regions of a prepared frame. Engines lend their buffers only until the next run,
         so what is kept is copied before the turn ends."""
-        lap = time.perf_counter()
-        if until is not None and lap >= until:
-            return _unanswered(knowing, start, timings, _late((until - start) * 1e3))
+        clock.check()
         features = self._trunk.infer({"image": image})
-        lap = _lap(timings, "trunk", lap)
-        if until is not None and lap >= until:
-            return _unanswered(knowing, start, timings, _late((until - start) * 1e3))
+        clock.lap("trunk")
+        clock.check()
         outputs = knowing.head.infer(features)
-        lap = _lap(timings, "head", lap)
+        clock.lap("head")
 
-        score = float(outputs["score"].max())
-        merged = self._merged(outputs, frame_shape)
+        base = score = float(outputs["score"].max())
+        before = merged = self._merged(outputs, frame.shape)
         if not _is_finite(outputs["score"]) or (merged is not None and not _is_finite(merged)):
-            return _unanswered(knowing, start, timings, "engine: score or map is not a number")
+            return _unanswered(knowing, clock.start, clock.timings, "engine: score or map is not a number")
         calibration = knowing.pack.calibration
+        second: Mapping[str, NDArray[Any]] | None = None
+        if (
+            knowing.normality is not None
+            and before is not None
+            and is_due(self.suppression, score, calibration.threshold)
+        ):
+            second, share = self._compare(frame, features, before.shape, knowing, clock)
+            merged = suppress_map(before, share)
+            score = suppress_score(score, before, merged)
+        clock.lap("normality")
+
         anomalous = score > calibration.threshold
         outlines: tuple[Outline, ...] = ()
         regions: tuple[DefectRegion, ...] = ()
         if anomalous and merged is not None:
             outlines = outline(merged, threshold=calibration.map_threshold)
-            regions = to_regions(outlines, merged.shape, frame_shape, self.spec.preprocessing)
+            regions = to_regions(outlines, merged.shape, frame.shape, self.spec.preprocessing)
+        suppressed: tuple[SuppressedRegion, ...] = ()
+        normality = self.bundle.manifest.normality
+        if (
+            second is not None
+            and normality is not None
+            and before is not None
+            and merged is not None
+            and base > calibration.threshold
+        ):
+            suppressed = explained_regions(
+                before,
+                merged,
+                outlines,
+                passes=not anomalous,
+                map_threshold=calibration.map_threshold,
+                outputs=second,
+                pack=knowing.pack,
+                texts=knowing.texts,
+                normality=normality.detector,
+                base=self.spec.preprocessing,
+                frame_shape=frame.shape,
+            )
         peaks = [item.point for item in outlines]
         shape = None if merged is None else merged.shape
         if merged is not None and not peaks and "worst_patch" not in outputs:
             row, column = divmod(int(merged.argmax()), merged.shape[1])
             peaks = [(column, row)]
-        evidence = find_evidence(outputs, peaks, knowing.pack, self.spec, shape, frame_shape)
-        _lap(timings, "regions", lap)
-        timings["total"] = (time.perf_counter() - start) * 1e3
+        evidence = find_evidence(outputs, peaks, knowing.pack, self.spec, shape, frame.shape)
+        sentences = find_sentences(outputs, knowing.pack, self.spec, knowing.texts)
+        clock.lap("regions")
+        clock.total()
         return Inspection(
             verdict=Verdict.NG if anomalous else Verdict.OK,
             product=knowing.pack.product,
@@ -332,9 +326,32 @@ class Inspector:
             anomaly_map=merged,
             regions=regions,
             evidence=evidence,
-            timings=timings,
+            timings=clock.timings,
             map_threshold=calibration.map_threshold,
+            suppressed=suppressed,
+            base_score=None if second is None else base,
+            sentences=sentences,
         )
+
+    def _compare(
+        self,
+        frame: NDArray[np.uint8],
+        features: Mapping[str, NDArray[Any]],
+        shape: tuple[int, ...],
+        knowing: Knowing,
+        clock: Clock,
+    ) -> tuple[Mapping[str, NDArray[Any]], NDArray[np.float32]]:
+        """The normality head's outputs for a frame, and the share of the map of `shape` that they suppress."""
+        record = self.bundle.manifest.normality
+        assert record is not None
+        assert knowing.normality is not None
+        trunk = self._active.normality_trunk
+        clock.check()
+        if trunk is not None:
+            features = trunk.infer({"image": prepare(frame, record.detector.preprocessing)})
+            clock.check()
+        outputs = knowing.normality.infer(features)
+        return outputs, suppression_map(outputs, shape, frame.shape, record.detector.preprocessing)
 
     def _merged(self, outputs: Mapping[str, NDArray[Any]], frame_shape: tuple[int, ...]) -> NDArray[np.float32] | None:
         maps = outputs.get("anomaly_map")
@@ -344,7 +361,7 @@ class Inspector:
         return merged.copy() if len(maps) == 1 else merged
 
 
-def _unanswered(knowing: _Knowing, start: float, timings: dict[str, float], reason: str) -> Inspection:
+def _unanswered(knowing: Knowing, start: float, timings: dict[str, float], reason: str) -> Inspection:
     return not_inspected(
         reason,
         product=knowing.pack.product,
@@ -354,20 +371,6 @@ def _unanswered(knowing: _Knowing, start: float, timings: dict[str, float], reas
     )
 
 
-def _late(deadline_ms: float) -> str:
-    return f"deadline of {deadline_ms:g} ms"
-
-
 def _is_finite(array: NDArray[Any]) -> bool:
     # Two reductions that pass NaN on, without a temporary of the array's size.
     return bool(np.isfinite(array.max()) and np.isfinite(array.min()))
-
-
-def _zeros(port: Port) -> NDArray[Any]:
-    return np.zeros([int(size) for size in port.shape], port.dtype)
-
-
-def _lap(timings: dict[str, float], stage: str, since: float) -> float:
-    now = time.perf_counter()
-    timings[stage] = (now - since) * 1e3
-    return now

@@ -76,14 +76,7 @@ def outline(
         limit: most areas to give.
         min_area: fewest pixels in an area; if none has so many, the one with the largest peak is given alone.
     """
-    low, top, _, _ = cv2.minMaxLoc(anomaly_map)
-    if threshold is None or top <= threshold:
-        # The product is rounded to float32 and may pass the peak itself.
-        level = min(np.float32(low + PEAK_SHARE * (top - low)), np.float32(top))
-        mask = anomaly_map >= level
-    else:
-        mask = anomaly_map > threshold
-    bits = mask.view(np.uint8)
+    bits = exceeds(anomaly_map, anomaly_map, threshold).view(np.uint8)
     # Defects are small and labelling is the dearest step here, so it sees only their surroundings.
     left, upper, width, height = cv2.boundingRect(bits)
     window = anomaly_map[upper : upper + height, left : left + width]
@@ -104,6 +97,31 @@ def outline(
         box = Region(left + x, upper + y, box_width, box_height)
         found.append(Outline(box, area, float(peaks[label]), (box.x + peak_x, box.y + peak_y)))
     return tuple(found)
+
+
+def exceeds(
+    values: NDArray[np.float32], anomaly_map: NDArray[np.float32], threshold: float | None
+) -> NDArray[np.bool_]:
+    """Which of `values` are above the level that `anomaly_map` is outlined at; its own peak always is."""
+    low, top, _, _ = cv2.minMaxLoc(anomaly_map)
+    if threshold is None or not np.float32(top) > np.float32(threshold):
+        # The product is rounded to float32 and may pass the peak itself.
+        return np.asarray(values >= min(np.float32(low + PEAK_SHARE * (top - low)), np.float32(top)))
+    return np.asarray(values > np.float32(threshold))
+
+
+def own_pixels(outlined: Outline, mask: NDArray[np.bool_]) -> tuple[tuple[slice, slice], NDArray[np.bool_]]:
+    """The window of an outline's box, and its own pixels in it: not those of others that reach into the box.
+
+    Args:
+        outlined: made from the map that `mask` was.
+        mask: bool [h, w], the pixels of that map that `exceeds` names.
+    """
+    box = outlined.box
+    window = slice(box.y, box.y + box.height), slice(box.x, box.x + box.width)
+    _, labels = cv2.connectedComponents(mask[window].view(np.uint8), connectivity=8)
+    own = labels[outlined.point[1] - box.y, outlined.point[0] - box.x]
+    return window, np.asarray(labels == own)
 
 
 def to_regions(

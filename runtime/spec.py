@@ -41,6 +41,8 @@ class Limits(Struct, frozen=True):
     manifest_bytes: int = 4 * 2**20
     pack_bytes: int = 4 * 2**30
     pack_header_bytes: int = 16 * 2**20
+    delta_bytes: int = 256 * 2**20
+    """A delta's content once it is unpacked; a larger change travels as a whole pack."""
     bank_rows: int = 10_000_000
     bundle_files: int = 1000
     bundle_bytes: int = 16 * 2**30
@@ -203,6 +205,17 @@ class ParityFigures(Struct, frozen=True, forbid_unknown_fields=True):
     decisions_changed: int
 
 
+class NormalityGraphs(Struct, frozen=True, forbid_unknown_fields=True):
+    """The second pair of graphs of an engine: what a normal variation named by a sentence looks like."""
+
+    trunk: str
+    """Path inside the bundle; that of the engine's own trunk where the two are one."""
+    head: str
+    tolerance: Tolerance | None = None
+    parity: ParityFigures | None = None
+    """Under an empty and under a filled table; None where the engine could not be executed."""
+
+
 class EngineRecord(Struct, frozen=True, forbid_unknown_fields=True):
     """One engine of a bundle: files of trunk and head and what is known about them."""
 
@@ -223,6 +236,8 @@ class EngineRecord(Struct, frozen=True, forbid_unknown_fields=True):
     tolerance: Tolerance | None = None
     parity: ParityFigures | None = None
     """None where the engine could not be executed when the bundle was made."""
+    normality: NormalityGraphs | None = None
+    """In a bundle that can be told normal variations by sentences."""
 
 
 class GoldenRecord(Struct, frozen=True, forbid_unknown_fields=True):
@@ -231,6 +246,19 @@ class GoldenRecord(Struct, frozen=True, forbid_unknown_fields=True):
     path: str
     score: float
     anomalous: bool
+
+
+class NormalityRecord(Struct, frozen=True, forbid_unknown_fields=True):
+    """The second detector of a bundle. Its head takes `normality.table` and its company, and its anomaly map,
+    0 to 1, says how much of the first detector's map is to be suppressed where."""
+
+    detector: DetectorSpec
+    model: str | None = None
+    """Name of the vision-language model, whose text encoder makes the rows."""
+    weights: Digest | None = None
+    """Digest of that model's weights: rows of another model mean nothing here."""
+    shared_trunk: bool = False
+    """Whether one run of the trunk feeds both heads."""
 
 
 class FileRecord(Struct, frozen=True, forbid_unknown_fields=True):
@@ -254,6 +282,12 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     default: Name
     golden: tuple[GoldenRecord, ...]
     files: dict[str, FileRecord]
+    normality: NormalityRecord | None = None
+
+    @property
+    def knowing(self) -> DetectorSpec:
+        """The detector as its knowledge packs see it: with the ports and the fingerprint of both detectors."""
+        return self.detector if self.normality is None else with_normality(self.detector, self.normality.detector)
 
 
 Record = TypeVar("Record", bound=Struct)
@@ -288,3 +322,28 @@ def fingerprint_of(*, weights: bytes, preprocessing: Preprocessing, features: tu
         "weights": weights.hex(),
     }
     return hashlib.sha256(b"edgead/feature-space/v1\0" + canonical_json(content)).hexdigest()
+
+
+def with_normality(detector: DetectorSpec, normality: DetectorSpec) -> DetectorSpec:
+    """What a pack must fit in a bundle of two detectors: the knowledge of both, in their combined feature space.
+
+    Symbols of the second detector's shapes get a prefix, since its `K` has nothing to do with one of the first.
+    """
+    second = tuple(
+        msgspec.structs.replace(
+            port, shape=tuple(f"normality.{size}" if isinstance(size, str) else size for size in port.shape)
+        )
+        for port in normality.knowledge
+    )
+    return msgspec.structs.replace(
+        detector,
+        knowledge=(*detector.knowledge, *second),
+        fingerprint=combined_fingerprint(detector.fingerprint, normality.fingerprint),
+    )
+
+
+def combined_fingerprint(detector: str, normality: str) -> str:
+    """Feature-space fingerprint of packs that feed two detectors, as 64 hex digits: SHA-256 over the domain tag
+    `edgead/feature-space-with-normality/v1`, a NUL, and the canonical JSON of both fingerprints."""
+    content = canonical_json({"detector": detector, "normality": normality})
+    return hashlib.sha256(b"edgead/feature-space-with-normality/v1\0" + content).hexdigest()

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -126,6 +127,24 @@ class Engine(abc.ABC):
         self.device = device
         self.spec = bundle.manifest.detector
 
+    def normality(self) -> Engine | None:
+        """The engine's second pair of graphs as an engine of its own; None in a bundle without it.
+
+        Its heads take the same packs as those of this one, and bind the arrays that they have ports for.
+
+        Raises:
+            EngineMismatchError: its plans were built for another GPU or library.
+        """
+        normality, record = self.bundle.manifest.normality, normality_record(self.record)
+        if normality is None or record is None:
+            return None
+        pair = self._pair(record)
+        pair.spec = normality.detector
+        return pair
+
+    def _pair(self, record: EngineRecord) -> Engine:
+        return type(self)(self.bundle, record, self.threads, self.device)
+
     def trunk(self, batch: int = 1) -> Session:
         """A session of the trunk: `image` uint8 [batch, H, W, 3] -> features.
 
@@ -143,10 +162,11 @@ class Engine(abc.ABC):
             KnowledgeError: the pack does not fit the detector or is over the engine's capacity.
             EngineError: the library refused it.
         """
-        from edgead.runtime.knowledge import check_fits, head_feeds
+        from edgead.runtime.knowledge import head_feeds
 
-        check_fits(pack, self.spec, self.record.capacity)
-        knowledge = head_feeds(pack, self.spec, self.record.capacity)
+        taken = {port.name for port in self.spec.head_inputs()}
+        feeds = head_feeds(pack, self.bundle.manifest.knowing, self.record.capacity)
+        knowledge = {name: array for name, array in feeds.items() if name in taken}
         inputs, outputs = with_batch(self.spec.features, batch), with_batch(self.spec.outputs, batch)
         return self._guard(f"head of {self.record.name}", lambda: self._head(inputs, outputs, knowledge))
 
@@ -225,6 +245,22 @@ def default_record(bundle: Bundle) -> EngineRecord:
     return min(usable, key=lambda record: (_PREFERENCE.index(record.target), record.precision != "fp32", record.name))
 
 
+def normality_record(record: EngineRecord) -> EngineRecord | None:
+    """The second pair of an engine's graphs as a record of its own; None if it has none."""
+    pair = record.normality
+    if pair is None:
+        return None
+    return msgspec.structs.replace(
+        record,
+        name=f"{record.name}.normality",
+        trunk=pair.trunk,
+        head=pair.head,
+        tolerance=pair.tolerance,
+        parity=pair.parity,
+        normality=None,
+    )
+
+
 def _usable(bundle: Bundle, record: EngineRecord) -> bool:
     if not is_available(record.target):
         return False
@@ -232,7 +268,9 @@ def _usable(bundle: Bundle, record: EngineRecord) -> bool:
         return True
     from edgead.runtime.engines.tensorrt_plans import has_plan
 
-    return any(map(os.path.exists, _GPU_DEVICES)) and has_plan(bundle, record)
+    pair = normality_record(record)
+    plans = has_plan(bundle, record) and (pair is None or has_plan(bundle, pair))
+    return plans and any(map(os.path.exists, _GPU_DEVICES))
 
 
 def is_available(target: str) -> bool:
@@ -272,6 +310,7 @@ __all__ = [
     "default_record",
     "first_line",
     "is_available",
+    "normality_record",
     "open_engine",
     "with_batch",
 ]

@@ -63,6 +63,9 @@ class TensorRtEngine(Engine):
         self._backend, self._read = choose_plans(bundle, record, self._gpu)
         self._plans: dict[str, Any] = {}
 
+    def _pair(self, record: EngineRecord) -> Engine:
+        return TensorRtEngine(self.bundle, record, self.threads, self.device, gpu=self._gpu)
+
     def _trunk(self, inputs: tuple[Port, ...], outputs: tuple[Port, ...]) -> Session:
         return self._session("trunk", inputs, outputs, {})
 
