@@ -40,11 +40,12 @@ benchmark: $(STAMP)
 
 $(PEER_STAMP):
 	$(PYTHON) -m venv $(PEER)
-	$(PEER)/bin/pip install --quiet "anomalib[openvino]==2.7.0" onnxruntime
+	$(PEER)/bin/pip install --quiet "anomalib[openvino]==2.7.0" onnxruntime "open_clip_torch>=2.23,<2.26.1"
 	touch $@
 
 parity: $(STAMP) $(PEER_STAMP)
 	$(BIN)/python -m benchmarks.parity_with_peer --peer-python $(PEER)/bin/python
+	$(BIN)/python -m benchmarks.winclip_parity --peer-python $(PEER)/bin/python
 
 clean:
 	rm -rf $(VENV) $(PEER) build demo-output .mypy_cache .ruff_cache .pytest_cache

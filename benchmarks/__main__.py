@@ -18,6 +18,7 @@ BENCHMARKS = {
     "fit": ("fit", "fitting from 600 photographs: seconds by stage, peak memory"),
     "speed": ("speed_with_peer", "milliseconds beside a peer in one run (needs --peer-python)"),
     "parity": ("parity_with_peer", "the same maps and scores as a peer? (needs --peer-python)"),
+    "winclip-parity": ("winclip_parity", "the same WinCLIP scores and maps as a peer? (needs --peer-python)"),
     "detection": ("detection", "how well defects are found, by backbone (needs --data)"),
 }
 ALONE = ("bank-search", "frame", "update", "footprint", "fit")
@@ -28,7 +29,7 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] in (["list"], ["--help"], ["-h"]):
         print((__doc__ or "").strip() + "\n")
         for name, (_, what) in BENCHMARKS.items():
-            print(f"  {name:<12} {what}")
+            print(f"  {name:<14} {what}")
         return 0
     if arguments and arguments[0] not in BENCHMARKS:
         print(f"no benchmark named '{arguments[0]}'; there are {', '.join(BENCHMARKS)}", file=sys.stderr)
