@@ -123,7 +123,7 @@ def evaluate_bundle(
         ImageError: an image cannot be read.
         EngineError: an image was not answered.
     """
-    samples = _limited(test_samples(data), limit)
+    samples = limited(test_samples(data), limit)
     if isinstance(bundle, Inspector):
         return _evaluate(bundle, samples, product)
     products = None if product is None else [product]
@@ -131,7 +131,12 @@ def evaluate_bundle(
         return _evaluate(inspector, samples, product)
 
 
-def _limited(samples: list[Sample], limit: int | None) -> list[Sample]:
+def limited(samples: list[Sample], limit: int | None) -> list[Sample]:
+    """At most `limit` samples of each type, the first by name; all if None.
+
+    Raises:
+        InputError: a limit below 1.
+    """
     if limit is None:
         return samples
     if limit < 1:
