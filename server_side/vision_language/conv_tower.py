@@ -30,9 +30,7 @@ class ConvTower(VisionTower):
         size, mean, deviation: as `VisionTower`.
     """
 
-    def __init__(
-        self, visual: Any, size: tuple[int, int], mean: Sequence[float], deviation: Sequence[float]
-    ) -> None:
+    def __init__(self, visual: Any, size: tuple[int, int], mean: Sequence[float], deviation: Sequence[float]) -> None:
         super().__init__(size, mean, deviation)
         from timm.models import reparameterize_model
 

@@ -141,7 +141,9 @@ def _build(
     text = config["text_cfg"] if config is not None else open_clip.get_model_config(name)["text_cfg"]
     if isinstance(text, dict) and text.get("hf_model_name"):
         place = str(text["hf_model_name"])
-        require_network("huggingface.co", f"the text tower '{place}' of '{name}'", "Choose a model with its own text tower.")
+        require_network(
+            "huggingface.co", f"the text tower '{place}' of '{name}'", "Choose a model with its own text tower."
+        )
     with torch.random.fork_rng(devices=[]), _quiet(), tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(source.seed or 0)
         try:

@@ -34,7 +34,9 @@ def encode_texts(
         InputError: an empty sentence, or a batch below 1.
         BackboneError: the tokenizer is not reachable, or the weights give rows that are not finite.
     """
-    return np.concatenate([np.empty((0, embed_dim(model)), np.float32), *encoded_batches(model, texts, batch, progress)])
+    return np.concatenate(
+        [np.empty((0, embed_dim(model)), np.float32), *encoded_batches(model, texts, batch, progress)]
+    )
 
 
 def encoded_batches(
@@ -49,7 +51,9 @@ def encoded_batches(
         raise InputError(wanted="at least 1 sentence per batch", got=f"{batch}", next_step="Leave the batch out.")
     for index, text in enumerate(texts):
         if not text.strip():
-            raise InputError(wanted="sentences with words", got=f"an empty one (number {index})", next_step="Remove it.")
+            raise InputError(
+                wanted="sentences with words", got=f"an empty one (number {index})", next_step="Remove it."
+            )
     module: Any = model.module
     home = next(module.parameters()).device
     device = torch.device("cuda") if torch.cuda.is_available() else home

@@ -64,9 +64,7 @@ class Block(nn.Module):
         width = self.qkv.in_features
         bias = self.qkv.bias
         normed = self.norm_1(tokens)
-        value = nn.functional.linear(
-            normed, self.qkv.weight[2 * width :], None if bias is None else bias[2 * width :]
-        )
+        value = nn.functional.linear(normed, self.qkv.weight[2 * width :], None if bias is None else bias[2 * width :])
         return torch.as_tensor(self.scale_1(self.out(value)))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -169,9 +167,7 @@ class VitTower(VisionTower):
         rows, columns = self.grid[0] - scale + 1, self.grid[1] - scale + 1
         patches = start[:, self._prefix :].unflatten(1, self.grid)
         # Shifted slices rather than an index: no gather for the engines, and no index to keep.
-        parts = [
-            patches[:, y : y + rows, x : x + columns].flatten(1, 2) for y in range(scale) for x in range(scale)
-        ]
+        parts = [patches[:, y : y + rows, x : x + columns].flatten(1, 2) for y in range(scale) for x in range(scale)]
         if self._prefix:
             parts.insert(0, start[:, :1].expand(-1, rows * columns, -1))
         tokens = torch.stack(parts, dim=2).flatten(0, 1)  # [B * W, C + k * k, D]

@@ -54,9 +54,7 @@ def slow_windows(model: VisionLanguageModel, pixels: Tensor, scale: int) -> Tens
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_pooled_embedding_and_windows_are_open_clips(
-    variant: str, tiny_config: Callable[..., Path]
-) -> None:
+def test_the_pooled_embedding_and_windows_are_open_clips(variant: str, tiny_config: Callable[..., Path]) -> None:
     model = load_model(str(tiny_config(variant, **VARIANTS[variant])), "random:2")
     tower = tower_of(model)
     image = image_for(model.size)
