@@ -155,7 +155,7 @@ class AprilGanHead(nn.Module):
             cosine, index = most_like(tokens[place], bank, rows)
             known.append(present(rows))
             values = anomalous_share(projected[place], classes, TEMPERATURE) + known[-1] * (1.0 - cosine)
-            maps.append(upsample(values.unflatten(1, grid)))
+            maps.append(upsample(values.reshape(-1, *grid)))
             nearest.append(index)
         anomaly_map = torch.stack(maps).sum(0)
         highest = anomaly_map.flatten(1).amax(1)

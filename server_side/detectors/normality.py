@@ -81,7 +81,7 @@ class NormalityHead(nn.Module):
         likely = torch.where(valid, torch.stack(shares).mean(0), -1.0)  # [B, P, K]
         strongest, place = likely.topk(1, dim=-1)
         nearest = torch.where(rows > 0, place.squeeze(-1), -1).to(torch.int32)
-        anomaly_map = self.upsample(strongest.squeeze(-1).unflatten(1, self.grid)).clamp(0.0, 1.0)
+        anomaly_map = self.upsample(strongest.reshape(-1, *self.grid)).clamp(0.0, 1.0)
         score = anomaly_map.flatten(1).amax(1)
         # Every input has a use, so that no engine drops one that the spec names.
         unused = torch.stack([inputs[0][:, 0], *(part[:, 0, 0] for part in inputs[1 + len(self.grids) : -3])]).sum(0)

@@ -35,7 +35,7 @@ from edgead.server_side.detectors.projections import (
     focal_loss,
     new_projections,
 )
-from edgead.server_side.vision_language.tower import VisionTower
+from edgead.server_side.vision_language.tower import TowerOutput, VisionTower
 
 CACHE_BYTES = 2 * 2**30
 """Patch tokens of all pictures are kept in memory up to this size; beyond it the tower runs in every epoch."""
@@ -196,7 +196,7 @@ class _Training:
             "epochs": self.epoch,
             "best_epoch": int(np.argmin(held)) + 1 if held else 0,
             "loss": [[round(value, 5) for value in row] for row in self.history],
-            **dataclasses.asdict(self.options),
+            "options": dataclasses.asdict(self.options),
         }
 
     def _over(self) -> bool:
@@ -242,7 +242,8 @@ class _Training:
 
     def _encode(self, frames: Sequence[NDArray[np.uint8]]) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            return self.tower(torch.from_numpy(np.stack(frames)).to(self.device), taps=self.layers).layers
+            found: TowerOutput = self.tower(torch.from_numpy(np.stack(frames)).to(self.device), taps=self.layers)
+        return found.layers
 
     def _pass(self, order: NDArray[np.int64], *, learn: bool) -> float:
         """Mean loss over pictures; with `learn`, a step for each batch."""
@@ -328,7 +329,7 @@ def anomalous_shares(
     """
     shares = []
     for layer, grid in zip(projected, grids, strict=True):
-        likeness = (layer @ text.transpose(1, 2)).transpose(1, 2).unflatten(2, grid) / TEMPERATURE
+        likeness = (layer @ text.transpose(1, 2)).transpose(1, 2).reshape(-1, 2, *grid) / TEMPERATURE
         pixels = F.interpolate(likeness, size=size, mode="bilinear", align_corners=True)
         # Of two classes the softmax is the logistic function of their difference.
         shares.append(torch.sigmoid(pixels[:, 1] - pixels[:, 0]))
