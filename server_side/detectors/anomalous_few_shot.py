@@ -166,9 +166,9 @@ def learn(normal: Sequence[Path], options: VisionLanguageOptions, anomalous: Sam
 
     Raises:
         InputError: a mask that is missing, of another size or without an anomalous pixel; fewer normals than shots;
-            prompts of one state only.
+            no such file of prompts.
         ImageError: a file is no picture.
-        PromptError: a class name or a file that makes no prompts.
+        PromptError: a class name that makes no prompts, or a file that is no prompt set of both states.
         BackboneError: unknown model or weights, or too few patches for four kinds of windows.
     """
     model, tower, preprocessing = open_tower(options)

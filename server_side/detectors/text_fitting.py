@@ -44,20 +44,12 @@ def prompts_for(options: VisionLanguageOptions, ensemble: Ensemble) -> PromptSet
     """The prompt set of the options, or the method's own for the class.
 
     Raises:
-        PromptError: a class name or a file that makes no prompts.
-        InputError: no such file, or a set without normal or without anomalous prompts.
+        PromptError: a class name that makes no prompts, or a file that is no prompt set of both states.
+        InputError: no such file.
     """
     if options.prompts is None:
         return ensemble(options.class_name, options.domain)
-    prompts = read_prompt_set(options.prompts)
-    for state in STATES:
-        if not prompts.texts(state):
-            raise InputError(
-                wanted=f"at least one {state} prompt in {options.prompts}",
-                got="none",
-                next_step="Add one: a detector compares what is normal with what is not.",
-            )
-    return prompts
+    return read_prompt_set(options.prompts)
 
 
 def text_knowledge(model: VisionLanguageModel, prompts: PromptSet) -> dict[str, NDArray[Any]]:

@@ -225,9 +225,9 @@ def learn(
         anomalous: not used; WinCLIP has no place for them.
 
     Raises:
-        InputError: fewer normals than shots, or prompts of one state only.
+        InputError: fewer normals than shots, or no such file of prompts.
         ImageError: a file is no picture.
-        PromptError: a class name or a file that makes no prompts.
+        PromptError: a class name that makes no prompts, or a file that is no prompt set of both states.
         BackboneError: unknown model or weights, or a grid of fewer than 3 x 3 patches.
     """
     model, tower, preprocessing = open_tower(options)
