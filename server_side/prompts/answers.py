@@ -33,7 +33,7 @@ _REFUSAL = re.compile(
 _THOUGHT = re.compile(r"(?is)<(think|thinking|reasoning)>.*?(?:</\1>|\Z)")
 _FENCE = re.compile(r"```[a-zA-Z0-9_-]*[ \t]*\n?(.*?)(?:```|\Z)", re.DOTALL)
 _LINK = re.compile(r"!?\[([^\]\n]{0,300})\]\([^)\s]{0,2000}(?:\s[^)\n]{0,300})?\)")
-_URL = re.compile(r"(?i)\b(?:[a-z][a-z0-9+.-]{1,20}://|www\.|mailto:)\S*")
+_URL = re.compile(r"(?i)\S*://\S*|\b(?:www\.|mailto:)\S*")
 _TAG = re.compile(r"<[^<>\n]{1,200}>")
 _ITEM = re.compile(r"^\s*(?:[-*•‣·–—+▪◦●]+|\(?\d{1,3}\s*[.):\]]|\(?[A-Za-z][.)])\s+(?=\S)")
 _PREAMBLE = re.compile(

@@ -294,4 +294,3 @@ def normality(
 
 def _look(text: str) -> str:
     return check_words(text.replace("_", " "), "the text of a normality", LIMITS.name_chars)
-

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from edgead.runtime.errors import LanguageModelError
 from edgead.server_side.prompts import ensembles
 from edgead.server_side.prompts.answers import MOST_PHRASES, excerpt, phrases_of
 from edgead.server_side.prompts.llm_cache import CachedModel, now
@@ -48,7 +49,13 @@ def ask(model: LanguageModel, question: str, options: AskOptions) -> tuple[tuple
         seed=options.seed,
     )
     answer = model.complete(request)
-    phrases = phrases_of(answer, most=options.most)
+    try:
+        phrases = phrases_of(answer, most=options.most)
+    except LanguageModelError:
+        if isinstance(model, CachedModel):
+            # The next run shall ask again.
+            model.forget(request)
+        raise
     digest = request.digest()
     time = model.times.get(digest) if isinstance(model, CachedModel) else None
     exchange = Exchange(digest, model.model.name, excerpt(question), excerpt(answer), time or now())
@@ -134,9 +141,7 @@ def normality(
     phrases, exchange = ask(model, normality_question(look, name), options or AskOptions())
     # 'loose thread' alone would describe the thread without the carpet
     said = [phrase if name.casefold() in phrase.casefold() else f"{name} with {phrase}" for phrase in phrases]
-    return ensembles.normality(
-        look, name, phrases=said, author=_author(model), exchanges=[exchange], domain=domain
-    )
+    return ensembles.normality(look, name, phrases=said, author=_author(model), exchanges=[exchange], domain=domain)
 
 
 def descriptor_question(class_name: str, state: State) -> str:
@@ -171,7 +176,8 @@ def _add_llm(prompts: PromptSet, texts: Sequence[str], state: State, exchange: E
     known = {prompt.text.casefold() for prompt in prompts.prompts}
     fresh = [text for text in texts if text.casefold() not in known and len(text) <= LIMITS.text_chars]
     merged = prompts.add(fresh, state, author=f"{LLM}{exchange.model}", exchanges=[exchange])
-    return msgspec.structs.replace(merged, phrases=tuple(dict.fromkeys((*merged.phrases, *fresh))))
+    kept = [text for text in fresh if len(text) <= LIMITS.phrase_chars]
+    return msgspec.structs.replace(merged, phrases=tuple(dict.fromkeys((*merged.phrases, *kept))))
 
 
 def _author(model: LanguageModel) -> str:

@@ -128,11 +128,11 @@ class OpenAiModel:
                 last = failure
             if attempt < self._limits.attempts:
                 wait = waits.next() if last.wait_s is None else last.wait_s
-                self._note(
-                    f"{last.got}; attempt {attempt + 1} of {self._limits.attempts} in {wait:.1f} s"
-                )
+                self._note(f"{last.got}; attempt {attempt + 1} of {self._limits.attempts} in {wait:.1f} s")
                 self._sleep(wait)
-        self._fail(f"{last.got}, after {self._limits.attempts} attempts", "Check that the end point runs, or try later.")
+        self._fail(
+            f"{last.got}, after {self._limits.attempts} attempts", "Check that the end point runs, or try later."
+        )
 
     def _answer(self, request: Request) -> str:
         body = self._body(request)
@@ -172,8 +172,9 @@ class OpenAiModel:
                 extra_body={self._tokens_field: request.max_tokens},
                 extra_headers={"Accept-Encoding": "identity"},
             ) as response:
+                # without a size, chunks come as they arrive, and the clock is looked at after each
                 body = bytearray()
-                for chunk in response.iter_bytes(8192):
+                for chunk in response.iter_bytes():
                     body += chunk
                     if len(body) > self._limits.answer_bytes:
                         self._fail(
@@ -205,7 +206,9 @@ class OpenAiModel:
                 self._fail(f"{said}, and the wish to wait {wait:.0f} s", "Try later, or ask for a higher rate there.")
             raise _PassingError(said, wait)
         advice = {
-            401: f"Check the key in {self._key_env}." if self._key_env else "Name the key's variable: --llm-key-env VAR",
+            401: f"Check the key in {self._key_env}."
+            if self._key_env
+            else "Name the key's variable: --llm-key-env VAR",
             403: "Ask the keeper of the end point for access.",
             404: "Check the model's name and the address; it often ends in /v1.",
         }
@@ -216,7 +219,7 @@ class OpenAiModel:
         if response.status_code < 400:
             return
         text, end = bytearray(), time.monotonic() + self._limits.connect_s
-        for chunk in response.iter_bytes(1024):
+        for chunk in response.iter_bytes():
             text += chunk
             if len(text) > self._limits.error_bytes or time.monotonic() > end:
                 break

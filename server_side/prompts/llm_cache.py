@@ -7,6 +7,7 @@ An entry that is damaged, foreign or unreadable is no answer: it is noted, and w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable
@@ -88,6 +89,11 @@ class CachedModel:
             self._keep(digest, entry)
         self.times[digest] = entry.time
         return entry.answer
+
+    def forget(self, request: Request) -> None:
+        """Drop the kept answer to `request`, if there is one."""
+        with contextlib.suppress(OSError):
+            self._path(request.digest()).unlink(missing_ok=True)
 
     def _path(self, digest: str) -> Path:
         return self._folder / digest[:2] / f"{digest}.json"

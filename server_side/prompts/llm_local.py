@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import re
 import socket
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,6 @@ from edgead.runtime.errors import InputError, LanguageModelError, missing_depend
 from edgead.server_side.prompts.requests import ModelName, Request
 from edgead.server_side.prompts.words import LIMITS, check_words
 
-_HUB = ("huggingface.co", 443)
 _REACH_S = 5.0
 """Seconds to find out whether the hub can be reached at all."""
 
@@ -35,7 +36,8 @@ class TransformersModel:
         self.model = local_name(place)
         try:
             import torch
-            import transformers
+
+            transformers: Any = importlib.import_module("transformers")
         except ModuleNotFoundError as error:
             raise missing_dependency(error.name or "transformers", "server", "a local language model") from error
         self._longest_s = longest_s
@@ -62,8 +64,8 @@ class TransformersModel:
             LanguageModelError: the request does not fit the model's context, or the model failed.
         """
         import torch
-        import transformers
 
+        transformers: Any = importlib.import_module("transformers")
         try:
             inputs = self._inputs(request)
             length = int(inputs["input_ids"].shape[1])
@@ -161,22 +163,23 @@ def _source(place: str) -> tuple[str, bool]:
 
     if isinstance(try_to_load_from_cache(place, "config.json"), str):
         return place, True
-    if constants.HF_HUB_OFFLINE or not _hub_answers():
+    hub = urllib.parse.urlsplit(constants.ENDPOINT).hostname or constants.ENDPOINT
+    if constants.HF_HUB_OFFLINE or not _hub_answers(hub):
         raise InputError(
             wanted=f"the language model {place!r}",
             got=f"no folder of that name, none in the hub's cache ({constants.HF_HUB_CACHE}), "
-            f"and no way to {_HUB[0]} from here",
+            f"and no way to {hub} from here",
             next_step="Copy the model to this machine and pass its folder: --llm-local DIR",
         )
     return place, False
 
 
-def _hub_answers() -> bool:
+def _hub_answers(host: str) -> bool:
     # The hub's own client tries for most of a minute before it gives up.
     if urllib.request.getproxies():
         return True
     try:
-        with socket.create_connection(_HUB, timeout=_REACH_S):
+        with socket.create_connection((host, 443), timeout=_REACH_S):
             return True
     except OSError:
         return False
