@@ -34,7 +34,6 @@ from edgead.runtime.engines import open_engine
 from edgead.runtime.spec import Calibration, Preprocessing
 from edgead.server_side.detectors.text_heads import HarmonicWindows, anomalous_share, association
 from edgead.server_side.detectors.winclip import SCALES, TEMPERATURE, reference_banks, winclip_modules
-from edgead.server_side.learned import Modules
 from edgead.server_side.vision_language import VisionLanguageModel, encode_texts, load_model, tower_of
 
 LIMIT = 1e-4
@@ -49,6 +48,11 @@ TINY: dict[str, Any] = {
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
 }
 """The model of the recorded answers."""
+
+KINDS = {0: "zero", SHOTS: "few"}
+"""Reference pictures -> the peer's name of the answers."""
+UNDECIDED = Calibration(threshold=2.0, typical=1.0)
+"""No threshold is of interest here; a decision far from every score keeps the parity gate on numbers."""
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -191,19 +195,24 @@ def _compare(
         found += _windows(scale, features, banks[SHOTS], peer, tower.grid)
     text = {"text.table": peer["classes"], "text.state": np.array([0.0, 1.0], np.float32)}
     usual = {"text.table": rows, "text.state": peer["state"]}
-    for count, name in ((0, "zero"), (SHOTS, "few")):
-        pack_arrays = {**banks[count], **text}
-        outputs = modules.outputs(features, modules.pack("part", pack_arrays))
-        found += _answers("torch", count, outputs, peer, name)
-        note(f"exporting with {count} references ...")
-        detector = _detector(modules, pack_arrays, images)
-        bundle = exported(detector, folder / f"bundle-{count}", TARGETS)
-        for target in TARGETS:
-            with open_engine(bundle, target, threads=2) as engine, engine.trunk() as trunk:
-                head = engine.head(bundle.pack())
-                answers = [_one(head, trunk, image) for image in images]
-            joined = {key: np.concatenate([answer[key] for answer in answers]) for key in answers[0]}
-            found += _answers(target, count, joined, peer, name)
+    packs = {count: modules.pack("part", {**banks[count], **text}, UNDECIDED) for count in banks}
+    for count, name in KINDS.items():
+        found += _answers("torch", count, modules.outputs(features, packs[count]), peer, name)
+    note("exporting ...")
+    trunk, head = export_programs(modules.trunk, modules.head, modules.spec)
+    detector = FittedDetector(modules.spec, trunk, head, packs[SHOTS], images, {})
+    bundle = exported(detector, folder / "bundle", TARGETS)
+    for target in TARGETS:
+        note(f"running on {target} ...")
+        with open_engine(bundle, target, threads=2) as engine, engine.trunk() as running:
+            seen = [
+                {key: array.copy() for key, array in running.infer({"image": image[None]}).items()} for image in images
+            ]
+            for count, name in KINDS.items():
+                with engine.head(packs[count]) as compared:
+                    answers = [_copied(compared.infer(each)) for each in seen]
+                joined = {key: np.concatenate([answer[key] for answer in answers]) for key in answers[0]}
+                found += _answers(target, count, joined, peer, name)
     table_scores = modules.outputs(features, modules.pack("part", {**banks[0], **usual}))["score"]
     return found, float(np.abs(table_scores - peer["zero_score"]).max())
 
@@ -224,16 +233,9 @@ def _windows(scale: int, features: Arrays, banks: Arrays, peer: Arrays, grid: tu
     ]
 
 
-def _detector(modules: Modules, arrays: Arrays, golden: Frame) -> FittedDetector:
-    # No threshold is of interest here; a decision far from every score keeps the parity gate on numbers.
-    pack = modules.pack("part", arrays, Calibration(threshold=2.0, typical=1.0))
-    trunk, head = export_programs(modules.trunk, modules.head, modules.spec)
-    return FittedDetector(modules.spec, trunk, head, pack, golden, {})
-
-
-def _one(head: Any, trunk: Any, image: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-    features = trunk.infer({"image": image[None]})
-    return {name: array.copy() for name, array in head.infer(features).items()}
+def _copied(outputs: Arrays) -> dict[str, NDArray[Any]]:
+    """An engine's outputs, which it writes over with the next frame."""
+    return {name: array.copy() for name, array in outputs.items()}
 
 
 def _answers(engine: str, count: int, outputs: Arrays, peer: Arrays, name: str) -> list[Comparison]:
