@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from edgead.detector_file import FittedDetector
 from edgead.runtime.engines import Engine, Session
 from edgead.runtime.errors import DetectorError, ParityError
-from edgead.runtime.knowledge import head_feeds
+from edgead.runtime.knowledge import Pack, head_feeds
 from edgead.runtime.spec import ParityFigures, Port, Precision, Tolerance
 
 TOLERANCE: dict[Precision, Tolerance] = {
@@ -77,8 +77,12 @@ class Comparison:
     agreement: dict[str, float] = field(default_factory=dict)
 
 
-def reference_of(detector: FittedDetector) -> Reference:
+def reference_of(detector: FittedDetector, *, scale: float | None = None) -> Reference:
     """Run the traced graphs in torch on the golden frames, one at a time.
+
+    Args:
+        detector: with the knowledge to run under.
+        scale: the maps' range, where it is known beforehand.
 
     Raises:
         DetectorError: torch itself fails on a frame, or answers with NaN or infinity.
@@ -117,7 +121,7 @@ def reference_of(detector: FittedDetector) -> Reference:
         features=_stack(spec.features, features),
         outputs=made,
         anomalous=scores > calibration.threshold,
-        scale=max(spread, float(np.abs(scores).max()) * 1e-3, 1e-12),
+        scale=max(spread, float(np.abs(scores).max()) * 1e-3, 1e-12) if scale is None else scale,
     )
 
 
@@ -125,15 +129,28 @@ def _stack(ports: tuple[Port, ...], values: list[tuple[torch.Tensor, ...]]) -> A
     return {port.name: torch.cat([tensors[place] for tensors in values]).numpy() for place, port in enumerate(ports)}
 
 
-def check_parity(engine: Engine, detector: FittedDetector, reference: Reference, tolerance: Tolerance) -> Comparison:
+def check_parity(
+    engine: Engine,
+    detector: FittedDetector,
+    reference: Reference,
+    tolerance: Tolerance,
+    pack: Pack | None = None,
+) -> Comparison:
     """Compare an engine with torch on every golden frame.
+
+    Args:
+        engine: with a trunk and a head of the detector.
+        detector: has the golden frames and the threshold.
+        reference: what torch says.
+        tolerance: largest differences.
+        pack: the knowledge for the engine, where its bundle's packs hold more than the detector's.
 
     Raises:
         ParityError: a score, a map or a decision differs by more than the tolerance; names the frame, the
             place in the map, and the stage in which the difference began.
         EngineError: the engine failed.
     """
-    with engine.trunk() as trunk, engine.head(detector.pack) as head:
+    with engine.trunk() as trunk, engine.head(detector.pack if pack is None else pack) as head:
         gate = _Gate(engine.record.name, detector, reference, tolerance)
         for index, frame in enumerate(detector.golden):
             features = _copied(trunk, {"image": np.ascontiguousarray(frame[None])})

@@ -11,6 +11,7 @@ import click
 
 from edgead.runtime.errors import InputError
 from edgead.runtime.files import refuse_existing
+from edgead.runtime.spec import NormalityGraphs
 from edgead.server_side.fit_options import fit_options
 
 
@@ -40,6 +41,14 @@ from edgead.server_side.fit_options import fit_options
     metavar="X.Y",
     help="Build TensorRT plans ahead of time for this GPU generation; may be repeated.",
 )
+@click.option(
+    "--with-normality",
+    "normality",
+    type=click.Path(path_type=Path),
+    metavar="NORMALITY.detector",
+    help="Put this normality detector into the bundle too (edgead fit --method normality), so that sentences can "
+    "say later what is normal: edgead normality add.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the bundle's engines and parity as JSON.")
 @fit_options
@@ -51,6 +60,7 @@ def export(
     name: str | None,
     capacity: int | None,
     capabilities: tuple[str, ...],
+    normality: Path | None,
     force: bool,
     as_json: bool,
     **words: Any,
@@ -71,11 +81,13 @@ def export(
             next_step="Example: edgead export --normal photos/good -o part.bundle",
         )
     refuse_existing(output, force)
+    from edgead.detector_file import read_detector
     from edgead.exporter.export import export_bundle, parse_target
 
     wanted = targets or ("onnx",)
     for text in wanted:  # a misspelt target must not cost the time of a fit
         parse_target(text)
+    second = None if normality is None else read_detector(normality)  # nor a path that leads nowhere
     with tempfile.TemporaryDirectory(prefix="edgead-fit-") as scratch:
         if normal is not None:
             from edgead.server_side.fit_cli import fit_from_options
@@ -90,13 +102,19 @@ def export(
             name=name,
             capacity=capacity,
             compute_capabilities=capabilities,
+            normality=second,
             force=force,
         )
     if as_json:
         engines = {
             record.name: None
             if record.parity is None
-            else {"score": record.parity.score, "map": record.parity.map, "images": record.parity.images}
+            else {
+                "score": record.parity.score,
+                "map": record.parity.map,
+                "images": record.parity.images,
+                "normality": _normality_figures(record.normality),
+            }
             for record in bundle.manifest.engines
         }
         click.echo(json.dumps({"output": str(output), "engines": engines}, sort_keys=True))
@@ -109,4 +127,15 @@ def export(
         else:
             text = "not executed here; compile it on the device" if record.recipe else "not executed here"
         click.echo(f"  {record.name:<15} {text}")
+        if record.normality is not None and record.normality.parity is not None:
+            click.echo(f"  {'':<15} normality map off by {record.normality.parity.map:.1e}")
     click.echo(f"next: edgead run {output} PICTURES")
+    if second is not None:
+        click.echo(f'      edgead normality add {output} --class CLASS "WHAT IS NORMAL" -o normal.delta')
+
+
+def _normality_figures(pair: NormalityGraphs | None) -> dict[str, float] | None:
+    """Parity of the second pair of graphs; null if there is none or it was not executed."""
+    if pair is None or pair.parity is None:
+        return None
+    return {"score": pair.parity.score, "map": pair.parity.map}
