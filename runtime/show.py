@@ -15,7 +15,7 @@ from edgead.runtime.bundle import open_bundle
 from edgead.runtime.bundle_store import SUFFIX
 from edgead.runtime.errors import DetectorError, InputError, storage_errors
 from edgead.runtime.knowledge import Pack, decode_pack, encode_pack, read_pack
-from edgead.runtime.spec import DEFAULT_LIMITS, DetectorSpec, Preprocessing
+from edgead.runtime.spec import DEFAULT_LIMITS, DetectorSpec, NormalityRecord, Preprocessing
 from edgead.runtime.tables import bytes_text, table
 
 Record = dict[str, Any]
@@ -61,6 +61,7 @@ def describe_bundle(path: Path) -> Record:
         "name": manifest.name,
         "edgead": manifest.edgead,
         "detector": _detector(manifest.detector),
+        "normality": _normality(manifest.normality),
         "engines": engines,
         "default": manifest.default,
         "knowledge": [describe_pack(bundle.pack(product)) for product in bundle.products],
@@ -138,6 +139,17 @@ def _golden(archive: zipfile.ZipFile) -> int:
     return int(header["frames"]["shape"][0])
 
 
+def _normality(record: NormalityRecord | None) -> Record | None:
+    if record is None:
+        return None
+    return {
+        **_detector(record.detector),
+        "model": record.model,
+        "weights": record.weights,
+        "shared_trunk": record.shared_trunk,
+    }
+
+
 def _detector(spec: DetectorSpec) -> Record:
     return {
         "method": spec.method,
@@ -183,6 +195,11 @@ def _head_text(record: Record) -> str:
         ["golden", images],
         ["files", f"{record['files']}, {bytes_text(record['bytes'])} in all"],
     ]
+    if record.get("normality"):
+        second = record["normality"]
+        weights = f", weights {second['weights'][:12]}" if second["weights"] else ""
+        trunk = "shares the trunk" if second["shared_trunk"] else "with a trunk of its own"
+        lines.append(["normality", f"{second['method']}, {second['model'] or 'model unknown'}{weights}, {trunk}"])
     if "edgead" in record:
         lines.append(["written by", f"edgead {record['edgead']}"])
     return table(lines, right=False)
@@ -202,13 +219,15 @@ def _frame_text(spec: Preprocessing) -> str:
 
 
 def _engine_text(engine: Record) -> str:
-    sizes = {Path(name).name: size for name, size in engine["files"].items()}
+    sizes = {name.split("/", 2)[-1]: size for name, size in engine["files"].items()}
     lines = [
         ["precision", engine["precision"]],
         ["made with", engine["made_with"]],
         ["size", f"{bytes_text(engine['bytes'])} ({', '.join(f'{n} {bytes_text(s)}' for n, s in sizes.items())})"],
         ["parity", _parity_text(engine)],
     ]
+    if engine.get("normality"):
+        lines.append(["normality", _parity_text({**engine, **engine["normality"]})])
     if engine.get("capacity"):
         lines.append(["capacity", ", ".join(f"{name} {rows} rows" for name, rows in engine["capacity"].items())])
     if engine.get("match"):

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
+
+
+@pytest.fixture(scope="session")
+def normality_pair() -> ModuleType:
+    """The module normality_pair.py beside this file: a base detector and a normality detector."""
+    spec = importlib.util.spec_from_file_location("edgead_tests_pair", Path(__file__).with_name("normality_pair.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")
