@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from edgead.runtime.image import read_image
     from edgead.runtime.inspection import DefectRegion, Inspection, Verdict
     from edgead.runtime.inspector import Inspector
+    from edgead.runtime.isolation import IsolatedInspector
     from edgead.runtime.knowledge import Pack, decode_pack, encode_pack, new_pack, read_pack, write_pack
     from edgead.runtime.preprocess import prepare
 
@@ -35,6 +36,7 @@ _HOME = {
     "Inspection": "inspection",
     "Verdict": "inspection",
     "Inspector": "inspector",
+    "IsolatedInspector": "isolation",
     "Pack": "knowledge",
     "decode_pack": "knowledge",
     "encode_pack": "knowledge",
@@ -49,6 +51,7 @@ __all__ = [
     "Engine",
     "Inspection",
     "Inspector",
+    "IsolatedInspector",
     "Pack",
     "Session",
     "Verdict",

@@ -5,10 +5,16 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgead.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from edgead.runtime.bundle import Bundle
+    from edgead.runtime.inspector import Inspector
+    from edgead.runtime.isolation import IsolatedInspector
 
 _PATH = click.Path(path_type=Path)
 
@@ -27,6 +33,17 @@ _PATH = click.Path(path_type=Path)
 @click.option("--force", is_flag=True, help="Replace an existing output; write among existing overlays.")
 @click.option(
     "--deadline-ms", type=click.FloatRange(0, min_open=True), help="Answer within so many ms, or say NOT_INSPECTED."
+)
+@click.option(
+    "--isolate",
+    is_flag=True,
+    help="Run the engine in a process of its own, which is replaced when it hangs or crashes.",
+)
+@click.option(
+    "--hung-after",
+    type=click.FloatRange(0, min_open=True),
+    help="With --isolate: seconds after which a frame's call is hung; 10 deadlines (1 s at least) if left out, "
+    "30 without a deadline.",
 )
 @click.option("--limit", type=click.IntRange(1), help="End after so many frames.")
 @click.option("--threads", type=click.IntRange(1), help="Processor threads; all that are available if left out.")
@@ -59,6 +76,8 @@ def run(
     resume: bool,
     force: bool,
     deadline_ms: float | None,
+    isolate: bool,
+    hung_after: float | None,
     limit: int | None,
     threads: int | None,
     unanswered: str,
@@ -79,14 +98,18 @@ def run(
       edgead run part.bundle new-photos/ --overlays out/
       edgead run part.bundle new-photos/ -o results.jsonl --resume
       edgead run part.bundle 0 --json --deadline-ms 100
+      edgead run part.bundle rtsp://camera/1 --json --deadline-ms 100 --isolate
     """
+    if hung_after is not None and not isolate:
+        raise InputError(
+            wanted="--isolate with --hung-after", got="--hung-after alone", next_step="Only a process can be ended."
+        )
     if resume and output is None:
         raise InputError(
             wanted="an output to go on with", got="--resume without --output", next_step="Add: -o FILE.jsonl"
         )
     from edgead.runtime.bundle import open_bundle
     from edgead.runtime.inspection import Verdict
-    from edgead.runtime.inspector import Inspector
     from edgead.runtime.knowledge import read_pack
     from edgead.runtime.run import Stop, refuse_if_none_inspected, run_stream, summary
     from edgead.runtime.sinks import JsonFile, JsonLines, Overlays, Sink, TextLines
@@ -107,8 +130,9 @@ def run(
         )
     decision = Verdict.OK if unanswered == "ok" else Verdict.NG
     stop = Stop()
+    options: dict[str, Any] = {"target": target, "threads": threads, "packs": packs, "products": [product]}
     with (
-        Inspector(opened, target=target, threads=threads, packs=packs, products=[product]) as inspector,
+        _inspector(opened, isolate, hung_after, options) as inspector,
         contextlib.closing(frames),
     ):
         sinks: list[Sink] = []
@@ -138,7 +162,8 @@ def run(
         # On a terminal the lines themselves are the progress.
         watch = not sys.stdout.isatty()
         tally = run_stream(stream, sinks, total=total, show_progress=watch, stop=stop)
-        text = summary(tally, skipped=len(done), dropped=stream.dropped, engine=inspector.engine)
+        restarts = getattr(inspector, "restarts", 0)
+        text = summary(tally, skipped=len(done), dropped=stream.dropped, restarts=restarts, engine=inspector.engine)
     click.echo(("" if as_json else "\n") + text, err=as_json)
     if stop.signal is None:
         refuse_if_none_inspected(tally)
@@ -230,6 +255,18 @@ def bench(
         raise FailureError(
             wanted="at least one engine that runs here", got=failed[0].reason, next_step=failed[0].next_step
         )
+
+
+def _inspector(
+    bundle: Bundle, isolate: bool, hung_after: float | None, options: dict[str, Any]
+) -> Inspector | IsolatedInspector:
+    if isolate:
+        from edgead.runtime.isolation import IsolatedInspector
+
+        return IsolatedInspector(bundle, hung_after=hung_after, **options)
+    from edgead.runtime.inspector import Inspector
+
+    return Inspector(bundle, **options)
 
 
 def _print_line(text: str, verdict: object) -> None:

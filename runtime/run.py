@@ -80,7 +80,7 @@ def run_stream(stream: Stream, sinks: Sequence[Sink], *, total: int | None, show
     return tally
 
 
-def summary(tally: Tally, *, skipped: int = 0, dropped: int = 0, engine: str = "") -> str:
+def summary(tally: Tally, *, skipped: int = 0, dropped: int = 0, restarts: int = 0, engine: str = "") -> str:
     """The table at the end of a run."""
     rows = [
         ["frames", str(tally.frames)],
@@ -92,6 +92,8 @@ def summary(tally: Tally, *, skipped: int = 0, dropped: int = 0, engine: str = "
         rows.append(["done before", str(skipped)])
     if dropped:
         rows.append(["dropped", str(dropped)])
+    if restarts:
+        rows.append(["engine restarts", str(restarts)])
     parts = [table(rows)]
     if tally.reasons:
         parts.append("\n".join(f"  {count} x {reason}" for reason, count in tally.reasons.most_common(5)))

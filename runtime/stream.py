@@ -11,14 +11,14 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Container, Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edgead.runtime.errors import ImageError
 from edgead.runtime.inspection import STAGES, Inspection, Verdict, percentile
 from edgead.runtime.sources import Capture, Source
-
-if TYPE_CHECKING:
-    from edgead.runtime.inspector import Inspector
 
 CAPACITY = 2
 """Frames that wait for the engine: one being looked at next, one that may replace it."""
@@ -27,6 +27,16 @@ SILENCE = 5.0
 _POLL = 0.2
 _KEPT_TIMES = 20_000
 """Frames whose times the summary of an endless stream rests on: the last so many."""
+
+
+class Inspecting(Protocol):
+    """What a stream asks for: an `Inspector`, or an `IsolatedInspector`."""
+
+    def inspect(
+        self, frame: NDArray[np.uint8], *, product: str | None = None, deadline_ms: float | None = None
+    ) -> Inspection: ...
+
+    def refusal(self, reason: str, product: str | None = None) -> Inspection: ...
 
 
 class LiveFeed:
@@ -126,7 +136,7 @@ class Stream:
 
     def __init__(
         self,
-        inspector: Inspector,
+        inspector: Inspecting,
         source: Source,
         *,
         product: str | None = None,

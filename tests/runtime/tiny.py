@@ -2,7 +2,8 @@
 
 Frames are 16 x 16; a patch is the mean colour of 4 x 4 pixels; its distance is that to the nearest bank row in
 RGB; the map repeats each patch's distance over its pixels. So the score of a plain frame can be said in one line.
-Two pixels upset it on purpose: a white patch makes NaN, a first red value of 7 makes the engine raise.
+Two pixels upset it on purpose: a white patch makes NaN, a first red value of 7 makes the engine raise. If it is made
+so, a first red value of 13 makes the engine loop for ever in its own code.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from edgead.runtime.spec import (
 SIDE = 16
 POISON = 7
 """First red value at which the engine raises."""
+HANG = 13
+"""First red value at which an engine that is made so never comes back."""
 GREY = 100
 """Every channel of a good part."""
 
@@ -80,12 +83,14 @@ def bundle(
     *,
     spec: DetectorSpec | None = None,
     slow: int = 0,
+    hangs: bool = False,
     targets: Sequence[str] = ("onnx",),
 ) -> Bundle:
-    """Write the detector as a bundle. `slow` puts so many products of 1400 x 1400 matrices into the trunk."""
+    """Write the detector as a bundle. `slow` puts so many products of 1400 x 1400 matrices into the trunk, `hangs` a
+    loop without an end, which frames whose first red value is `HANG` enter."""
     spec = spec or detector()
     packs = [pack(spec=spec)] if packs is None else packs
-    graphs = {"trunk": trunk_graph(slow), "head": head_graph()}
+    graphs = {"trunk": trunk_graph(slow, hangs), "head": head_graph()}
     records, files = [], {}
     for target in targets:
         name = f"{target}-fp32"
@@ -119,7 +124,7 @@ def _openvino(model: bytes, beside: Path) -> dict[str, bytes]:
     return {end: source.with_suffix(f".{end}").read_bytes() for end in ("xml", "bin")}
 
 
-def trunk_graph(slow: int = 0) -> bytes:
+def trunk_graph(slow: int = 0, hangs: bool = False) -> bytes:
     from onnx import TensorProto, helper
 
     def ints(name: str, values: Sequence[int]) -> object:
@@ -173,6 +178,22 @@ def trunk_graph(slow: int = 0) -> bytes:
             node("Add", ["slow0", "no_effort"], ["patches_slow"]),
         ]
         last = "patches_slow"
+    if hangs:
+        value = helper.make_tensor_value_info
+        body = helper.make_graph(
+            [node("Identity", ["again"], ["still"]), node("Identity", ["was"], ["is"])],
+            "for_ever",
+            [value("turn", TensorProto.INT64, []), value("again", TensorProto.BOOL, []), value("was", 1, [])],
+            [value("still", TensorProto.BOOL, []), value("is", 1, [])],
+        )
+        constants += [floats("hang", [float(HANG)]), helper.make_tensor("start", TensorProto.FLOAT, [], [0.0])]
+        nodes += [
+            node("Equal", ["first", "hang"], ["hung"]),
+            node("Squeeze", ["hung"], ["for_ever_if"]),
+            node("Loop", ["", "for_ever_if", "start"], ["end"], body=body),
+            node("Add", [last, "end"], ["patches_late"]),
+        ]
+        last = "patches_late"
     nodes.append(node("Identity", [last], ["patches"]))
     image = helper.make_tensor_value_info("image", TensorProto.UINT8, ["B", SIDE, SIDE, 3])
     patches = helper.make_tensor_value_info("patches", TensorProto.FLOAT, ["B", 16, 3])
