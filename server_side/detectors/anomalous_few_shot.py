@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from edgead.runtime.errors import InputError
 from edgead.runtime.image import prepare
+from edgead.runtime.knowledge import Pack
+from edgead.runtime.progress import Progress
 from edgead.runtime.spec import Preprocessing
 from edgead.server_side.detectors.anomalous_few_shot_head import (
     METHOD,
@@ -133,24 +135,27 @@ class _Fit:
         rng = np.random.default_rng(seed)
         good = [read_photograph(path) for path in self.shots.paths]
         rows, labels = [], []
-        for frames, label in ((good, False), (self.frames, True)):
-            for number in range(PICTURES):
-                source = number % len(frames)
-                normal, anomalous = list(self.shots.features), list(self.marked)
-                own = anomalous if label else normal
-                if len(own) > 1:
-                    own.pop(source)
-                features = self.modules.embed(augmented(frames[source], rng))
-                banks = self.banks(normal, anomalous)
-                parts = [
-                    self._score(features, {**banks, **text, WEIGHTS: each}) for each in np.eye(3, dtype=np.float32)
-                ]
-                rows.append(parts)
-                labels.append(label)
+        with Progress("choosing weights on augmented pictures", 2 * PICTURES) as progress:
+            for frames, label in ((good, False), (self.frames, True)):
+                order = rng.permutation(len(frames)).tolist()
+                for place, source in enumerate(order[:PICTURES]):
+                    alone = self._alone(source, label, text)
+                    for _ in range(len(range(place, PICTURES, len(order)))):
+                        features = self.modules.embed(augmented(frames[source], rng))
+                        found = [self.modules.outputs(features, pack)["score"].max() for pack in alone]
+                        rows.append(found)
+                        labels.append(label)
+                        progress.advance()
         return np.array(rows, np.float32), np.array(labels, np.bool_)
 
-    def _score(self, features: Features, arrays: Arrays) -> float:
-        return float(self.modules.outputs(features, self.modules.pack("part", arrays))["score"].max())
+    def _alone(self, source: int, anomalous: bool, text: Arrays) -> list[Pack]:
+        """Packs without the rows of one picture, in which one of the three scores counts alone."""
+        normal, marked = list(self.shots.features), list(self.marked)
+        own = marked if anomalous else normal
+        if len(own) > 1:
+            own.pop(source)
+        banks = self.banks(normal, marked)
+        return [self.modules.pack("part", {**banks, **text, WEIGHTS: each}) for each in np.eye(3, dtype=np.float32)]
 
 
 def learn(normal: Sequence[Path], options: VisionLanguageOptions, anomalous: Samples = ()) -> Learned:
