@@ -23,7 +23,7 @@ from edgead.runtime.knowledge import write_pack
 
 KEYS = [
     *("path", "verdict", "decision", "score", "normalised", "threshold", "regions", "evidence"),
-    *("product", "knowledge", "ms", "reason", "time"),
+    *("product", "knowledge", "ms", "reason", "time", "suppressed", "base_score", "sentences"),
 ]
 COMMAND = "from edgead.runtime.cli import run; import sys; sys.exit(run.main(sys.argv[1:], standalone_mode=False))"
 Invoke = Callable[..., Result]
@@ -76,7 +76,7 @@ def test_json_has_one_line_per_frame_with_the_documented_keys(
     assert bad["score"] > bad["threshold"]
     (region,) = bad["regions"]
     assert [region[key] for key in ("x", "y", "width", "height", "area")] == [32, 16, 16, 16, 256]
-    assert list(bad["ms"]) == ["prepare", "trunk", "head", "regions", "total"]
+    assert list(bad["ms"]) == ["prepare", "trunk", "head", "normality", "regions", "total"]
     assert bad["knowledge"] == tiny.pack().version
     assert bad["evidence"][0]["id"] == 1
     assert found[2]["reason"].startswith("image: ")
