@@ -117,6 +117,12 @@ def run(
     from edgead.runtime.stream import Stream
 
     opened = open_bundle(bundle, verify=False)
+    if knowledge is not None and not knowledge.is_file():
+        raise InputError(
+            wanted=f"a knowledge pack (.safetensors) at {knowledge}",
+            got="a folder" if knowledge.is_dir() else "nothing there",
+            next_step="Check the path.",
+        )
     packs = [] if knowledge is None else [read_pack(knowledge)]
     if packs and product not in (None, packs[0].product):
         raise InputError(
@@ -226,6 +232,7 @@ def bench(
     from edgead.runtime.bundle import open_bundle
     from edgead.runtime.engines import default_record
     from edgead.runtime.errors import FailureError
+    from edgead.runtime.image import list_images
     from edgead.runtime.progress import Progress
     from edgead.runtime.spec import canonical_json
 
@@ -233,6 +240,8 @@ def bench(
         raise InputError(wanted="either --all or --target", got="both", next_step="Leave one out.")
     if images is not None and not images.exists():
         raise InputError(wanted=f"pictures at {images}", got="nothing there", next_step="Check the path.")
+    if images is not None and images.is_dir():
+        list_images(images)  # a mistake of the caller, told before any process is started
     opened = open_bundle(bundle, verify=False)
     if every:
         records = list(opened.manifest.engines)

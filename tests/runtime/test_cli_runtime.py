@@ -188,6 +188,23 @@ def test_knowledge_from_a_file_takes_the_place_of_the_bundles_own(
         invoke(run, tiny_bundle, photos, "--knowledge", tmp_path / "foreign.safetensors")
 
 
+def test_knowledge_that_is_not_there_is_the_callers_mistake(
+    invoke: Invoke, tiny_bundle: Path, photos: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="nothing there"):
+        invoke(run, tiny_bundle, photos, "--knowledge", tmp_path / "nowhere.safetensors")
+    with pytest.raises(InputError, match="a folder"):
+        invoke(run, tiny_bundle, photos, "--knowledge", tmp_path)
+
+
+def test_pictures_to_time_with_that_are_none_are_the_callers_mistake(
+    invoke: Invoke, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="images"):
+        invoke(bench, tiny_bundle, "--images", tmp_path / "empty", "--seconds", "0.2")
+
+
 def test_a_run_in_which_nothing_was_inspected_has_failed(invoke: Invoke, tiny_bundle: Path, photos: Path) -> None:
     with pytest.raises(FailureError, match="1 frames and none inspected"):
         invoke(run, tiny_bundle, photos / "c.png")
