@@ -68,7 +68,7 @@ class ConvTower(VisionTower):
     def _cells(self, maps: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, h * w, E]."""
         count = maps.shape[2] * maps.shape[3]
-        return self._joint(maps.flatten(2).transpose(1, 2).flatten(0, 1)).unflatten(0, (-1, count))
+        return self._joint(maps.flatten(2).transpose(1, 2).flatten(0, 1)).reshape(-1, count, self.embed_dim)
 
     def _joint(self, cells: Tensor) -> Tensor:
         """[N, C] -> [N, E] through the head of timm and that of open_clip, as a map of one cell."""

@@ -68,9 +68,13 @@ class Block(nn.Module):
         return torch.as_tensor(self.scale_1(self.out(value)))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value))
+        query, key, value = (self._split(part) for part in (query, key, value))
         weights = torch.softmax((query * self.factor) @ key.transpose(-2, -1), dim=-1)  # [N, heads, L, L]
         return (weights @ value).transpose(1, 2).flatten(-2)
+
+    def _split(self, part: Tensor) -> Tensor:
+        """[N, L, D] -> [N, heads, L, D / heads]."""
+        return part.reshape(-1, part.shape[1], self.heads, part.shape[2] // self.heads).transpose(1, 2)
 
     def _finish(self, tokens: Tensor, attended: Tensor) -> Tensor:
         tokens = tokens + self.scale_1(self.out(attended))
@@ -159,13 +163,13 @@ class VitTower(VisionTower):
             patches=normed[:, self._prefix :],
             windows=tuple(self._windows(start, scale) for scale in windows),
             layers=tuple(layers[number] for number in taps),
-            values=self._joint(self.norm(self.blocks[-1].value(before_last[:, self._prefix :]))) if values else None,
+            values=self._joint(self.norm(self._last().value(before_last[:, self._prefix :]))) if values else None,
         )
 
     def _windows(self, start: Tensor, scale: int) -> Tensor:
         """[B, C + P, D] -> [B, W, E]."""
         rows, columns = self.grid[0] - scale + 1, self.grid[1] - scale + 1
-        patches = start[:, self._prefix :].unflatten(1, self.grid)
+        patches = start[:, self._prefix :].reshape(-1, *self.grid, self.width)
         # Shifted slices rather than an index: no gather for the engines, and no index to keep.
         parts = [patches[:, y : y + rows, x : x + columns].flatten(1, 2) for y in range(scale) for x in range(scale)]
         if self._prefix:
@@ -173,9 +177,14 @@ class VitTower(VisionTower):
         tokens = torch.stack(parts, dim=2).flatten(0, 1)  # [B * W, C + k * k, D]
         for block in self.blocks[:-1]:
             tokens = block(tokens)
-        last = self.blocks[-1]
+        last = self._last()
         tokens = last(tokens) if self._mean_pool else last.first(tokens)
-        return self._joint(self._pool(self.norm(tokens))).unflatten(0, (-1, rows * columns))
+        return self._joint(self._pool(self.norm(tokens))).reshape(-1, rows * columns, self.embed_dim)
+
+    def _last(self) -> Block:
+        last = self.blocks[-1]
+        assert isinstance(last, Block)
+        return last
 
     def _pool(self, normed: Tensor) -> Tensor:
         return normed[:, self._prefix :].mean(dim=1) if self._mean_pool else normed[:, 0]
