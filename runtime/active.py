@@ -147,7 +147,8 @@ class ActiveKnowledge:
         known = old is not None and _same(old.pack, pack, engine.spec)
         head = old.head if old is not None and known else self._make(engine, pack, made)
         normality: Session | None = None
-        if normalities(pack):
+        # A normality detector may be the bundle's first and only one: its table is then bound above.
+        if engine.bundle.manifest.normality is not None and normalities(pack):
             pair = self._opened_pair()
             if old is not None and old.normality is not None and _same(old.pack, pack, pair.spec):
                 normality = old.normality
