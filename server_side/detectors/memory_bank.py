@@ -24,6 +24,9 @@ METHOD = "memory-bank"
 EXCLUDED = -3.0e38
 """Similarity of a padded row: below that of any real one, and finite, so that no NaN can come of it."""
 
+STEP = 256
+"""Patches that are compared with a bank at a time: [256, N] likenesses instead of [P, N]."""
+
 
 class MemoryBankTrunk(nn.Module):
     """Frame -> patch embeddings (section 3.1 of the paper).
@@ -167,7 +170,7 @@ class MemoryBankHead(nn.Module):
         worst = patch_score.argmax(dim=1, keepdim=True)  # [B, 1]
         patch = patches.gather(1, worst.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))  # [B, 1, D]
         row = F.embedding(nearest.gather(1, worst).squeeze(1), normal)  # [B, D]
-        likeness = _similarity(row, normal, normal_rows)  # [B, N]
+        likeness = _likeness(row, normal, _bias(normal, normal_rows))  # [B, N]
         around = likeness.topk(self.neighbours, dim=1).indices
         support = (F.embedding(around, normal) - patch).square().sum(-1).sqrt()  # [B, b]
         won = distance.gather(1, worst)  # [B, 1]
@@ -176,25 +179,37 @@ class MemoryBankHead(nn.Module):
         return 1.0 - share
 
 
-def _similarity(patches: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
-    """f.b - |b|^2 / 2 for every patch f and row b, [..., N]: largest where the distance is smallest.
+def _bias(bank: Tensor, rows: Tensor) -> Tensor:
+    """-|b|^2 / 2 for every valid row b and `EXCLUDED` for the others, [N].
+
+    From the norm, a single operator: as squares and their sum it would hold a second bank for a moment.
+    """
+    valid = torch.arange(bank.shape[0], device=bank.device, dtype=torch.int32) < rows
+    return torch.where(valid, torch.linalg.vector_norm(bank, dim=1).square() * -0.5, EXCLUDED)
+
+
+def _likeness(patches: Tensor, bank: Tensor, bias: Tensor) -> Tensor:
+    """f.b - |b|^2 / 2 for every patch f [n, D] and row b, [n, N]: largest where the distance is smallest.
 
     The bank enters only through one matrix product and one bias, both constant while the knowledge is:
     |f|^2 changes no order and is left out.
     """
-    valid = torch.arange(bank.shape[0], device=bank.device, dtype=torch.int32) < rows
-    bias = torch.where(valid, bank.square().sum(1) * -0.5, EXCLUDED)
-    return torch.matmul(patches, bank.T) + bias
+    return F.linear(patches, bank, bias)
 
 
 def nearest_rows(patches: Tensor, bank: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Euclidean distance to the nearest valid row and its index, both [B, P].
 
     The expansion |f|^2 + |b|^2 - 2 f.b loses small distances to cancellation, so it only chooses the row;
-    the distance itself is computed directly from the difference, in float32.
+    the distance itself is computed directly from the difference, in float32. The patches are walked `STEP` at a
+    time, so that an engine holds a small table of likenesses.
     """
-    _, index = _similarity(patches, bank, rows).topk(1, dim=-1)
-    index = index.squeeze(-1)
+    bias = _bias(bank, rows)
+    found = []
+    for some in patches.split(STEP, dim=1):
+        _, index = _likeness(some.flatten(0, 1), bank, bias).topk(1, dim=-1)
+        found.append(index.reshape(-1, some.shape[1]))
+    index = torch.cat(found, dim=1)
     difference = patches - F.embedding(index, bank)
     return difference.square().sum(-1).sqrt(), index
 
