@@ -29,7 +29,7 @@ _SHOWN = 5
 """Prompts of each kind that a summary prints."""
 
 
-@click.group(epilog="Start with: edgead prompts new carpet -o carpet.json")
+@click.group(epilog="Example: edgead prompts new carpet -o carpet.json")
 def prompts() -> None:
     """Sentences that say what normal and anomalous look like: a JSON file that a person can edit.
 
