@@ -58,11 +58,17 @@ def combined_pack(base: FittedDetector, second: Pack, normality: FittedDetector)
         second: knowledge of the second one.
         normality: the second detector.
     """
+    arrays = {**base.pack.arrays, **second.arrays}
+    note = f"{NORMALITY_TABLE}{NOTE}"
+    if note not in arrays:
+        rows = len(arrays[NORMALITY_TABLE])
+        # Always there, so that whoever adds a sentence and takes it back comes to the same bytes again.
+        arrays[note] = encode_note({"rows": [{"text": f"normality {row + 1}"} for row in range(rows)]})
     return Pack(
         product=base.pack.product,
         fingerprint=with_normality(base.spec, normality.spec).fingerprint,
         calibration=base.pack.calibration,
-        arrays={**base.pack.arrays, **second.arrays},
+        arrays=arrays,
     )
 
 

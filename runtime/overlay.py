@@ -21,6 +21,7 @@ _FONT = cv2.FONT_HERSHEY_SIMPLEX
 _BADGES = {Verdict.OK: (38, 132, 72), Verdict.NG: (196, 40, 40), Verdict.NOT_INSPECTED: (176, 118, 16)}
 _STRIP, _TEXT = (28, 30, 34), (226, 228, 232)
 _OUTLINE, _BOX = (255, 48, 48), (255, 176, 168)
+_EXPLAINED = (36, 92, 214)
 _WARM, _HOT = np.array((255, 190, 40), np.float32), np.array((235, 24, 24), np.float32)
 
 _HEAT_FROM, _HEAT_FULL = 0.75, 1.5
@@ -32,8 +33,8 @@ def overlay(frame: Frame, inspection: Inspection, preprocessing: Preprocessing) 
     """Draw an inspection onto a copy of its frame.
 
     Heat tints only what comes near the map's threshold (the image's, where there is none), so a good part
-    looks like its photograph. Regions get a red contour and a thin box; a strip below carries the verdict,
-    the score and the knowledge's version.
+    looks like its photograph. Regions get a red contour and a thin box; what a sentence explains gets a blue box
+    with the sentence at it; a strip below carries the verdict, the score and the knowledge's version.
 
     Args:
         frame: uint8 RGB [H, W, 3], the source frame; not changed.
@@ -62,6 +63,8 @@ def overlay(frame: Frame, inspection: Inspection, preprocessing: Preprocessing) 
         _outline(picture, values > level, boxes, line)
     for left, top_edge, right, bottom in boxes:
         cv2.rectangle(picture, (left, top_edge), (right, bottom), _BOX, line, cv2.LINE_AA)
+    for item in inspection.suppressed:
+        _explain(picture, _scaled(item.box, scale, size), item.sentence, line)
     return np.concatenate([picture, _strip(size[0], max(size), inspection.verdict, _caption(inspection))])
 
 
@@ -100,6 +103,25 @@ def _outline(picture: Frame, above: NDArray[np.bool_], boxes: Sequence[tuple[int
         inside[top : bottom + 1, left : right + 1] = above[top : bottom + 1, left : right + 1]
     contours, _ = cv2.findContours(inside, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     cv2.drawContours(picture, contours, -1, _OUTLINE, line, cv2.LINE_AA)
+
+
+def _explain(picture: Frame, box: tuple[int, int, int, int], sentence: str, line: int) -> None:
+    """A box in the colour of explained regions, and the sentence on a ground of that colour below or above it."""
+    left, top, right, bottom = box
+    cv2.rectangle(picture, (left, top), (right, bottom), _EXPLAINED, line, cv2.LINE_AA)
+    height, width = picture.shape[:2]
+    scale, pad = max(0.35, max(height, width) / 1300), 2 * line
+    # The font has no other letters.
+    text = sentence.encode("ascii", "replace").decode()
+    while text and cv2.getTextSize(text, _FONT, scale, _weight(scale))[0][0] > width - 2 * pad:
+        text = text[:-1]
+    (extent, rise), below = cv2.getTextSize(text, _FONT, scale, _weight(scale))
+    room = rise + below + 2 * pad
+    upper = bottom if bottom + room < height else max(0, top - room)
+    start = min(left, max(0, width - extent - 2 * pad))
+    cv2.rectangle(picture, (start, upper), (start + extent + 2 * pad, upper + room), _EXPLAINED, cv2.FILLED)
+    place = (start + pad, upper + pad + rise)
+    cv2.putText(picture, text, place, _FONT, scale, (255, 255, 255), _weight(scale), cv2.LINE_AA)
 
 
 def _strip(width: int, longer: int, verdict: Verdict, caption: str) -> Frame:

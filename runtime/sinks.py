@@ -6,6 +6,7 @@ import abc
 import contextlib
 import errno
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -174,11 +175,25 @@ def text_line(capture: Capture, inspection: Inspection) -> str:
     """'NG  score 1.43, threshold 1.20   2 regions    31 ms  photos/7.png'."""
     if inspection.score is None:
         return f"--  {inspection.reason}  {capture.name}"
-    where = f"{len(inspection.regions)} region{'s' if len(inspection.regions) != 1 else ''}"
+    where = _count(len(inspection.regions))
     return (
         f"{inspection.verdict.value:<2}  score {inspection.score:<8.4g} threshold {inspection.threshold:<8.4g} "
         f"{where if inspection.regions else '':<10} {inspection.timings.get('total', 0.0):6.0f} ms  {capture.name}"
+        f"{explanation(inspection)}"
     )
+
+
+def explanation(inspection: Inspection) -> str:
+    """'  passed: "thread" explains 2 regions' of a part that a sentence let pass, 'also: ...' of one that alarms."""
+    if not inspection.suppressed:
+        return ""
+    counts = Counter(item.sentence for item in inspection.suppressed)
+    said = ", ".join(f'"{sentence}" explains {_count(count)}' for sentence, count in counts.items())
+    return f"  {'passed' if inspection.passes else 'also'}: {said}"
+
+
+def _count(regions: int) -> str:
+    return f"{regions} region{'s' if regions != 1 else ''}"
 
 
 class Overlays(Sink):
