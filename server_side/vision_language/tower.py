@@ -76,7 +76,8 @@ class VisionTower(nn.Module):
             BackboneError: a window larger than the grid, or a layer that is not there.
         """
         self.check(windows, taps)
-        pixels = image.permute(0, 3, 1, 2).to(torch.float32) / 255.0
+        # The cast comes first: TensorRT moves no axes of uint8.
+        pixels = image.to(torch.float32).permute(0, 3, 1, 2) / 255.0
         return self.encode((pixels - self.mean) / self.deviation, windows, taps, values)
 
     def encode(self, pixels: Tensor, windows: Sequence[int], taps: Sequence[int], values: bool) -> TowerOutput:
