@@ -49,14 +49,14 @@ def evaluate(
     product = product or opened.manifest.default
     with Inspector(opened, target=target, threads=threads, products=[product]) as inspector:
         result = evaluate_bundle(inspector, data, product=product, limit=limit)
+        report = None
         if html is not None:
             # A bundle of several products says which of them it was.
             name = opened.manifest.name if len(opened.products) < 2 else f"{opened.manifest.name}: {product}"
             title = f"{name} on {data.resolve().name}"
-            write_file(html, html_report(result, inspector, title).encode())
-    if as_json:
-        click.echo(json.dumps(result.to_dict(), sort_keys=True))
-        return
-    click.echo(text_table(result))
-    if html is not None:
-        click.echo(f"wrote {html}")
+            report = html_report(result, inspector, title).encode()
+    # The figures first: a page that cannot be written must not cost them.
+    click.echo(json.dumps(result.to_dict(), sort_keys=True) if as_json else text_table(result))
+    if html is not None and report is not None:
+        write_file(html, report)
+        click.echo(f"wrote {html}", err=as_json)

@@ -124,6 +124,18 @@ def test_the_command_writes_json_and_a_report(
     assert page.read_text().startswith("<!doctype html>")
 
 
+def test_a_page_that_cannot_be_written_does_not_cost_the_figures(
+    small_bundle: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["evaluate", small_bundle, "--data", data, "--target", "onnx", "--limit", 1, "--json"]
+    with pytest.raises(SystemExit) as end:
+        main([str(word) for word in (*words, "--html", "/proc/edgead/report.html")])
+    assert end.value.code == 1
+    said = capsys.readouterr()
+    assert json.loads(said.out)["engine"] == "onnx-fp32"
+    assert "/proc/edgead" in said.err
+
+
 @pytest.fixture(scope="module")
 def two_products(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small bundle with a second product, 'strict', whose threshold no part stays under."""
