@@ -206,7 +206,7 @@ def nearest_rows(patches: Tensor, bank: Tensor, rows: Tensor) -> tuple[Tensor, T
     """
     bias = _bias(bank, rows)
     found = []
-    for some in patches.split(STEP, dim=1):
+    for some in torch.split(patches, STEP, dim=1):
         _, index = _likeness(some.flatten(0, 1), bank, bias).topk(1, dim=-1)
         found.append(index.reshape(-1, some.shape[1]))
     index = torch.cat(found, dim=1)
