@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from edgead.runtime.errors import InputError, OutputExistsError, PromptError
 from edgead.server_side.prompts import Exchange, Prompt, PromptSet, read_prompt_set, winclip, write_prompt_set
@@ -131,6 +133,22 @@ def test_nonsense_is_refused_with_its_place(change: Callable[[dict[str, Any]], o
 def test_what_is_no_json_is_refused_with_its_line(data: bytes, got: str) -> None:
     with pytest.raises(PromptError, match=got):
         parse_prompt_set(data, "part.json")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_any_edit_is_a_whole_set_or_the_one_error(data: st.DataObject) -> None:
+    text = format_prompt_set(SMALL)
+    start = data.draw(st.integers(0, len(text)))
+    end = data.draw(st.integers(start, min(len(text), start + 40)))
+    middle = data.draw(
+        st.one_of(st.binary(max_size=12), st.text(max_size=8).map(lambda t: t.encode("utf-8", "replace")))
+    )
+    try:
+        found = parse_prompt_set(text[:start] + middle + text[end:], "part.json")
+    except PromptError:
+        return
+    assert parse_prompt_set(format_prompt_set(found), "part.json") == found
 
 
 def test_a_file_that_is_far_too_long_is_refused_unread(tmp_path: Path) -> None:
