@@ -24,7 +24,12 @@ _PATH = click.Path(path_type=Path)
 @click.argument("source")
 @click.option("--target", help="Engine: onnx, openvino:fp16, ...; the best one of this machine if left out.")
 @click.option("--product", help="Whose knowledge to compare with; the bundle's default if left out.")
-@click.option("--knowledge", type=_PATH, help="A knowledge pack to use instead of the bundle's own.")
+@click.option(
+    "--knowledge",
+    type=_PATH,
+    multiple=True,
+    help="A knowledge pack to use instead of the bundle's own, or a delta upon it; may be repeated, in their order.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON for each frame.")
 @click.option("--overlays", type=_PATH, help="Write a picture of each result into this folder.")
 @click.option("--only-ng", is_flag=True, help="Print and draw only frames that do not pass; --output has all.")
@@ -68,7 +73,7 @@ def run(
     source: str,
     target: str | None,
     product: str | None,
-    knowledge: Path | None,
+    knowledge: tuple[Path, ...],
     as_json: bool,
     overlays: Path | None,
     only_ng: bool,
@@ -109,24 +114,27 @@ def run(
             wanted="an output to go on with", got="--resume without --output", next_step="Add: -o FILE.jsonl"
         )
     from edgead.runtime.bundle import open_bundle
+    from edgead.runtime.chain import read_chain
     from edgead.runtime.inspection import Verdict
-    from edgead.runtime.knowledge import read_pack
     from edgead.runtime.run import Stop, refuse_if_none_inspected, run_stream, summary
     from edgead.runtime.sinks import JsonFile, JsonLines, Overlays, Sink, TextLines
     from edgead.runtime.sources import open_source
     from edgead.runtime.stream import Stream
 
     opened = open_bundle(bundle, verify=False)
-    if knowledge is not None and not knowledge.is_file():
+    for path in knowledge:
+        if not path.is_file():
+            raise InputError(
+                wanted=f"a knowledge pack (.safetensors) or delta at {path}",
+                got="a folder" if path.is_dir() else "nothing there",
+                next_step="Check the path.",
+            )
+    packs = list(read_chain(opened, knowledge).values())
+    if len(packs) > 1 or (packs and product not in (None, packs[0].product)):
         raise InputError(
-            wanted=f"a knowledge pack (.safetensors) at {knowledge}",
-            got="a folder" if knowledge.is_dir() else "nothing there",
-            next_step="Check the path.",
-        )
-    packs = [] if knowledge is None else [read_pack(knowledge)]
-    if packs and product not in (None, packs[0].product):
-        raise InputError(
-            wanted=f"knowledge of {product!r}", got=f"{knowledge} of {packs[0].product!r}", next_step="Leave one out."
+            wanted=f"knowledge of {product or packs[0].product!r}",
+            got=f"knowledge of {', '.join(repr(pack.product) for pack in packs)}",
+            next_step="Leave one out.",
         )
     product = packs[0].product if packs else product or opened.manifest.default
     frames = open_source(source, frozen_after=frozen_after or None)
