@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from edgead.runtime.bundle import Bundle
-from edgead.runtime.deltas import MAGIC, apply_delta, is_delta, make_delta, read_delta
+from edgead.runtime.deltas import MAGIC, Delta, apply_delta, is_delta, make_delta, read_delta
 from edgead.runtime.errors import KnowledgeError, storage_errors
 from edgead.runtime.files import refuse_existing, write_file
 from edgead.runtime.knowledge import Pack, check_fits, read_pack, write_pack
@@ -42,7 +42,7 @@ def read_chain(bundle: Bundle, paths: Iterable[Path], *, limits: Limits = DEFAUL
         if not begins_as_delta(path):
             pack = read_pack(path, limits=limits)
         else:
-            delta = read_delta(_read(path, limits), limits=limits)
+            delta = read_delta_file(path, limits=limits)
             base = found[delta.product] if delta.product in found else bundle.pack(delta.product)
             pack = apply_delta(base, delta, limits=limits)
         check_fits(pack, bundle.manifest.knowing)
@@ -80,7 +80,13 @@ def write_knowledge(path: Path, base: Pack, result: Pack, *, force: bool = False
         return path.stat().st_size
 
 
-def _read(path: Path, limits: Limits) -> bytes:
+def read_delta_file(path: Path, *, limits: Limits = DEFAULT_LIMITS) -> Delta:
+    """A delta from its file.
+
+    Raises:
+        KnowledgeError: see `read_delta`; or a file of more bytes than any delta has.
+        StorageError: it cannot be read.
+    """
     # zlib adds at most a thousandth and some bytes to what it cannot make smaller.
     most = limits.delta_bytes + limits.delta_bytes // 1000 + 1024
     with storage_errors(path, "to read a delta"), open(path, "rb") as stream:
@@ -89,4 +95,4 @@ def _read(path: Path, limits: Limits) -> bytes:
         raise KnowledgeError(
             wanted=f"a delta of at most {most} bytes", got="a larger file", next_step="Fetch the whole pack instead."
         )
-    return data
+    return read_delta(data, limits=limits)

@@ -1,4 +1,4 @@
-"""What is in a bundle, a knowledge pack or a fitted detector: as a record, and as text for people.
+"""What is in a bundle, a knowledge pack, a delta or a fitted detector: as a record, and as text for people.
 
 A fitted detector is read without torch: only its JSON parts and its pack are opened.
 """
@@ -12,9 +12,13 @@ from typing import Any
 import msgspec
 
 from edgead.runtime.bundle import open_bundle
+from edgead.runtime.bundle_manifest import NORMALITY_TABLE
 from edgead.runtime.bundle_store import SUFFIX
+from edgead.runtime.chain import read_delta_file
+from edgead.runtime.deltas import MAGIC, is_delta
 from edgead.runtime.errors import DetectorError, InputError, storage_errors
 from edgead.runtime.knowledge import Pack, decode_pack, encode_pack, read_pack
+from edgead.runtime.notes import is_note, read_note
 from edgead.runtime.spec import DEFAULT_LIMITS, DetectorSpec, NormalityRecord, Preprocessing
 from edgead.runtime.tables import bytes_text, table
 
@@ -22,7 +26,7 @@ Record = dict[str, Any]
 
 
 def describe(path: Path) -> Record:
-    """What is at `path`, as JSON-like values; `kind` is 'bundle', 'pack' or 'detector'.
+    """What is at `path`, as JSON-like values; `kind` is 'bundle', 'pack', 'delta' or 'detector'.
 
     Raises:
         InputError: nothing is there.
@@ -38,8 +42,14 @@ def describe(path: Path) -> Record:
     if path.is_dir() or path.suffix == SUFFIX:
         return describe_bundle(path)
     with storage_errors(path, "to read a file"), open(path, "rb") as stream:
-        start = stream.read(4)
-    return describe_detector(path) if start == b"PK\x03\x04" else {"kind": "pack", **describe_pack(read_pack(path))}
+        start = stream.read(len(MAGIC))
+    if is_delta(start):
+        return describe_delta(path)
+    return (
+        describe_detector(path)
+        if start.startswith(b"PK\x03\x04")
+        else {"kind": "pack", **describe_pack(read_pack(path))}
+    )
 
 
 def describe_bundle(path: Path) -> Record:
@@ -75,7 +85,8 @@ def describe_bundle(path: Path) -> Record:
 
 
 def describe_pack(pack: Pack) -> Record:
-    """A knowledge pack; `arrays` by name with dtype and shape, row ids left out."""
+    """A knowledge pack; `arrays` by name with dtype and shape, row ids left out; `normalities` are sentences."""
+    told = read_note(pack, NORMALITY_TABLE)["rows"] if NORMALITY_TABLE in pack.arrays else []
     arrays = {name: array for name, array in pack.arrays.items() if not name.endswith(".ids")}
     return {
         "product": pack.product,
@@ -85,6 +96,34 @@ def describe_pack(pack: Pack) -> Record:
         "bytes": len(encode_pack(pack)),
         "arrays": {name: {"dtype": a.dtype.name, "shape": list(a.shape)} for name, a in arrays.items()},
         "calibration": msgspec.to_builtins(pack.calibration),
+        "normalities": [row["text"] for row in told],
+    }
+
+
+def describe_delta(path: Path) -> Record:
+    """A delta between two packs: what it adds, takes out and replaces, by array.
+
+    Raises:
+        KnowledgeError: it is damaged.
+        StorageError: it cannot be read.
+    """
+    delta = read_delta_file(path)
+    return {
+        "kind": "delta",
+        "product": delta.product,
+        "fingerprint": delta.fingerprint,
+        "base": delta.base,
+        "result": delta.result,
+        "bytes": path.stat().st_size,
+        "rows_added": {name: len(ids) for name, ids in delta.of("ids").items()},
+        "rows_deleted": {name: len(ids) for name, ids in delta.of("del").items()},
+        "splices": {
+            name: {"first": at, "out": out, "in": len(delta.of("put")[name])}
+            for name, (at, out) in delta.splices.items()
+        },
+        "arrays_set": sorted(delta.of("set")),
+        "arrays_removed": list(delta.removed),
+        "calibration": msgspec.to_builtins(delta.calibration),
     }
 
 
@@ -163,6 +202,8 @@ def _detector(spec: DetectorSpec) -> Record:
 
 def as_text(record: Record) -> str:
     """A record of `describe` for people."""
+    if record["kind"] == "delta":
+        return _delta_text(record)
     parts = []
     if "detector" in record:
         parts.append(_head_text(record))
@@ -260,14 +301,36 @@ def _pack_text(pack: Record) -> str:
         lines.append(["feature space", pack["fingerprint"][:12]])
     for name, array in pack["arrays"].items():
         shape = array["shape"]
+        if is_note(name):
+            continue
         size = f"{shape[0]} rows x {shape[1]}" if name.startswith("bank.") else _shape(shape)
         lines.append([name, f"{size} {array['dtype']}"])
+    if pack["normalities"]:
+        lines.append(["normal too", ", ".join(f'"{text}"' for text in pack["normalities"])])
     calibration = pack["calibration"]
     lines.append(["threshold", f"{calibration['threshold']:.6g}"])
     if calibration.get("map_threshold") is not None:
         lines.append(["map threshold", f"{calibration['map_threshold']:.6g}"])
     lines.append(["false alarms", _false_alarm_text(calibration)])
     return table(lines, indent="  ", right=False)
+
+
+def _delta_text(delta: Record) -> str:
+    lines = [
+        ["from", delta["base"][:12]],
+        ["to", f"{delta['result'][:12]} ({bytes_text(delta['bytes'])})"],
+        ["feature space", delta["fingerprint"][:12]],
+    ]
+    lines += [[name, f"{count} rows more"] for name, count in delta["rows_added"].items()]
+    lines += [[name, f"{count} rows fewer"] for name, count in delta["rows_deleted"].items()]
+    lines += [
+        [name, f"{splice['in']} in the place of {splice['out']} from {splice['first']} on"]
+        for name, splice in delta["splices"].items()
+    ]
+    lines += [[name, "set as a whole"] for name in delta["arrays_set"]]
+    lines += [[name, "removed"] for name in delta["arrays_removed"]]
+    lines.append(["threshold", f"{delta['calibration']['threshold']:.6g}"])
+    return f"delta: {delta['product']}\n" + table(lines, indent="  ", right=False)
 
 
 def _false_alarm_text(calibration: Record) -> str:

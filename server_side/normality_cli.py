@@ -104,6 +104,7 @@ def add(
       edgead normality add part.bundle --class carpet "stain" --knowledge thread.delta -o stain.delta
     """
     from edgead.runtime.bundle import open_bundle
+    from edgead.runtime.bundle_manifest import NORMALITY_TABLE
     from edgead.runtime.notes import read_note
     from edgead.server_side import normalities as room
 
@@ -113,7 +114,7 @@ def add(
     before = room.current(opened, knowledge, product)
     room.refuse_known(before, sentence)
     prompts = _prompts(sentence, class_name, domain, phrases, words, as_json)
-    note = read_note(before, room.NORMALITY_TABLE)
+    note = read_note(before, NORMALITY_TABLE)
     name, weights = _encoder(record, note, model, model_weights)
     # torch comes with these imports, so mistakes in words and files are told before.
     from edgead.server_side.detectors.sentences import normality_rows

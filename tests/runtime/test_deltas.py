@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgead.runtime.chain import write_knowledge
 from edgead.runtime.deltas import MAGIC, apply_delta, is_delta, make_delta, read_delta
 from edgead.runtime.errors import KnowledgeError
 from edgead.runtime.knowledge import Pack, new_pack
 from edgead.runtime.notes import encode_note
+from edgead.runtime.show import as_text, describe
 from edgead.runtime.spec import Calibration, Limits
 from edgead.runtime.tensors import encode_tensors
 
@@ -287,3 +290,16 @@ def test_a_sentence_costs_its_row_and_its_text() -> None:
     known = ["thread", "a stain", "dust"]
     base, result = (pack(**sentences(*texts, dimensions=640)) for texts in (known, [*known, "a loose fibre"]))
     assert len(make_delta(base, result)) < 640 * 4 + 700
+
+
+def test_show_says_what_a_delta_changes(tmp_path: Path) -> None:
+    base, result = pack(**sentences("thread")), pack({2: [3.0, 4.0], 9: [7.0, 7.0]}, **sentences("thread", "a stain"))
+    path = tmp_path / "x.delta"
+    assert write_knowledge(path, base, result) == path.stat().st_size
+    record = describe(path)
+    assert record["rows_added"] == {"bank.normal": 1}
+    assert record["rows_deleted"] == {"bank.normal": 2}
+    assert record["splices"]["normality.table"] == {"first": 1, "out": 0, "in": 1}
+    text = as_text(record)
+    for word in (base.version, result.version, "1 rows more", "2 rows fewer", "1 in the place of 0 from 1 on"):
+        assert word in text
