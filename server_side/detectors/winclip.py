@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from edgead.runtime.errors import InputError
 from edgead.runtime.spec import KnowledgePort, Port, Preprocessing
 from edgead.server_side.detectors.text_fitting import (
     Features,
@@ -222,14 +223,20 @@ def learn(
     Args:
         normal: photographs of good parts, possibly none: shots and what calibrates the threshold (see `take_shots`).
         options: see `VisionLanguageOptions`.
-        anomalous: not used; WinCLIP has no place for them.
+        anomalous: none; WinCLIP has no place for pictures of defects.
 
     Raises:
-        InputError: fewer normals than shots, or no such file of prompts.
+        InputError: fewer normals than shots, no such file of prompts, or pictures of defects.
         ImageError: a file is no picture.
         PromptError: a class name that makes no prompts, or a file that is no prompt set of both states.
         BackboneError: unknown model or weights, or a grid of fewer than 3 x 3 patches.
     """
+    if anomalous:
+        raise InputError(
+            wanted="no pictures of defects for WinCLIP, which has no place for them",
+            got=f"{len(anomalous)}",
+            next_step="Leave them out, or fit with --method anomalous-few-shot.",
+        )
     model, tower, preprocessing = open_tower(options)
     modules = winclip_modules(tower, preprocessing)
     prompts = prompts_for(options, winclip)

@@ -202,6 +202,11 @@ def test_shots_that_are_not_there_are_refused(
         learn(list_images(painted_normals), dataclasses.replace(tiny_options, shots=shots))
 
 
+def test_pictures_of_defects_are_refused_as_they_would_change_nothing(tiny_options: VisionLanguageOptions) -> None:
+    with pytest.raises(InputError, match="no place for them"):
+        learn([], tiny_options, [(Path("dent.png"), None)])
+
+
 def test_a_file_of_prompts_takes_the_place_of_the_ensemble(tiny_options: VisionLanguageOptions, tmp_path: Path) -> None:
     prompts = PromptSet("flange", (Prompt("a good flange", "normal"), Prompt("a bent flange", "anomalous", "person")))
     write_prompt_set(tmp_path / "own.json", prompts)
