@@ -12,13 +12,18 @@ Every error says what was wanted, what came instead, and what to do next. The cl
     │   ├── BundleError           a bundle that is truncated, edited, too new or foreign
     │   │   └── EngineMismatchError   an engine built for another GPU, library or version
     │   ├── KnowledgeError        a pack that is damaged, foreign, over capacity or not finite
+    │   ├── ReleaseError          a release that is malformed, old, quarantined, or not of one piece
     │   ├── DetectorError         a module or detector file that breaks the graph contract
     │   └── BackboneError         an unknown backbone, or weights that do not fit it
     └── FailureError              the work itself failed; exit code 1
         ├── EngineError           an inference library refused or failed
         ├── ParityError           a compiled engine disagrees with its torch reference
         ├── LanguageModelError    a language model timed out, refused, or answered nothing usable
+        ├── OutOfMemoryError      a change that this machine's memory does not hold
         └── StorageError          no permission, no space, an I/O fault
+            ├── StoreBusyError        another process changes the store
+            ├── StoreDamagedError     a file of the store is missing or damaged; says which to fetch
+            └── RollbackError         there is no release to go back to
 """
 
 from __future__ import annotations
@@ -88,6 +93,10 @@ class KnowledgeError(UserError):
     """A knowledge pack is damaged, foreign to the engine, over capacity or not finite."""
 
 
+class ReleaseError(UserError):
+    """A release is malformed, older than one seen before, quarantined, or its parts do not belong together."""
+
+
 class DetectorError(UserError):
     """A module or a fitted-detector file does not obey the graph contract."""
 
@@ -112,8 +121,33 @@ class LanguageModelError(FailureError):
     """A language model could not be reached, ran out of time, refused, or answered nothing usable."""
 
 
+class OutOfMemoryError(FailureError):
+    """A change needs more memory than there is; nothing of it was done."""
+
+
 class StorageError(FailureError):
     """The file system refused: permission, space or I/O."""
+
+
+class StoreBusyError(StorageError):
+    """Another process or thread changes the store and did not finish in time."""
+
+
+class StoreDamagedError(StorageError):
+    """Files of the store are missing or damaged.
+
+    Args:
+        fetch: the files that would mend it, by their paths in the store: 'packs/<digest>.safetensors',
+            'engines/<digest>.edgead', 'releases/<digest>.json'. Empty if any release would do.
+    """
+
+    def __init__(self, *, wanted: str, got: str, next_step: str = "", fetch: tuple[str, ...] = ()) -> None:
+        self.fetch = fetch
+        super().__init__(wanted=wanted, got=got, next_step=next_step)
+
+
+class RollbackError(StorageError):
+    """There is no whole release to go back to; the active one stays."""
 
 
 @contextlib.contextmanager
