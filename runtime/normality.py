@@ -87,7 +87,7 @@ def suppression_map(outputs: Arrays, shape: tuple[int, ...], frame_shape: tuple[
             next_step="Check the engine with: edgead show BUNDLE",
         )
     resized = found if found.shape == shape else cv2.resize(found, shape[::-1], interpolation=cv2.INTER_LINEAR)
-    return np.clip(resized, 0.0, 1.0, dtype=np.float32)
+    return np.asarray(np.clip(resized, 0.0, 1.0), np.float32)
 
 
 def suppress_map(anomaly_map: Map, suppression: Map) -> Map:

@@ -17,7 +17,8 @@ from edgead.exporter.export import export_bundle
 from edgead.exporter.parity import TOLERANCE, check_parity, reference_of
 from edgead.exporter.with_normality import combined_pack, probe_pack, undecided
 from edgead.runtime.bundle import open_bundle
-from edgead.runtime.engines import open_engine
+from edgead.runtime.engines import normality_record, open_engine
+from edgead.runtime.engines.tensorrt_plans import has_plan
 from edgead.runtime.errors import BundleError, DetectorError, KnowledgeError, ParityError
 from edgead.runtime.knowledge import head_feeds
 from edgead.runtime.show import as_text, describe
@@ -168,3 +169,65 @@ def test_a_bundle_of_one_detector_still_reads(tiny: ModuleType, tmp_path: Path) 
     with open_engine(bundle) as engine:
         assert engine.normality() is None
     np.testing.assert_array_equal(bundle.pack().arrays["bank.normal"], tiny.base().pack.arrays["bank.normal"])
+
+
+def test_compile_builds_the_plans_of_both_pairs_where_each_will_be_looked_for(tiny: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX builds plans without a GPU")
+    from edgead.runtime.compile_cli import compile_bundle
+
+    bundle = tiny.bundle(tmp_path / "b", ["onnx", "tensorrt"])
+    results = compile_bundle(bundle, capabilities=("8.6",))
+    assert [result["engine"] for result in results] == ["tensorrt-fp32", "tensorrt-fp32.normality"]
+    record = bundle.engine("tensorrt")
+    second = normality_record(record)
+    assert second is not None
+    for one in (record, second):
+        assert has_plan(bundle, one)
+        assert sorted(path.name for path in (tmp_path / "b" / "compiled" / one.name).glob("*.plan")) == [
+            "head.plan",
+            "trunk.plan",
+        ]
+    assert [result["built"] for result in compile_bundle(bundle, capabilities=("8.6",))] == [False, False]
+
+
+def test_plans_ahead_of_time_are_built_for_both_pairs(tiny: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX builds plans without a GPU")
+    bundle = export_bundle(
+        tiny.base(), tmp_path / "b", ["tensorrt"], normality=tiny.normality(), compute_capabilities=["8.6"]
+    )
+    (engine,) = bundle.manifest.engines
+    assert engine.normality is not None
+    assert engine.normality.head == "engines/tensorrt-fp32/normality/head.plan"
+    report = json.loads(bundle.read("parity.json"))["engines"]["tensorrt-fp32"]
+    # No GPU here: the ONNX of both pairs was run in the plans' place, its banks padded.
+    assert report["normality_probe"]["source"]["parity"]["map"] < 1e-4
+
+
+def test_the_command_takes_the_second_detector_as_a_file(
+    tiny: ModuleType, small_detector: Path, tmp_path: Path
+) -> None:
+    from click.testing import CliRunner
+
+    from edgead.detector_file import write_detector
+    from edgead.export_command import export
+
+    made = tiny.normality()
+    write_detector(
+        tmp_path / "n.detector",
+        trunk=tiny.Colours(2.0),
+        head=tiny.Explained(),
+        spec=made.spec,
+        pack=made.pack,
+        golden=made.golden,
+        card=made.card,
+    )
+    words = [str(small_detector), "--with-normality", str(tmp_path / "n.detector"), "-o", str(tmp_path / "b"), "--json"]
+    answer = json.loads(CliRunner().invoke(export, words, catch_exceptions=False).stdout)
+    assert answer["engines"]["onnx-fp32"]["normality"]["map"] < 1e-4
+    assert open_bundle(tmp_path / "b").manifest.normality is not None
+    with pytest.raises(DetectorError, match="nothing there"):
+        CliRunner().invoke(
+            export,
+            [str(small_detector), "--with-normality", "nowhere", "-o", str(tmp_path / "c")],
+            catch_exceptions=False,
+        )
