@@ -17,11 +17,13 @@ from edgead.runtime.spec import Preprocessing
 from edgead.server_side.fit_options import (
     LANGUAGE_METHODS,
     MEMORY_BANK,
+    TRAINS_PROJECTIONS,
     anomalous_samples,
     check_method,
     fit_options,
     parse_layers,
     parse_preprocessing,
+    parse_tower_layers,
 )
 from edgead.server_side.photographs import LeftOut, leave_out_unreadable, left_out_facts
 
@@ -154,9 +156,7 @@ def _fit_with_sentences(
             next_step="Add for example: --class carpet",
         )
     refuse_existing(output, force)
-    layers = parse_layers(words["layers"])
-    if layers is not None and not all(isinstance(layer, int) and layer > 0 for layer in layers):
-        raise InputError(wanted="layers as numbers from 1", got=f"--layers {words['layers']}", next_step="Try 6,12.")
+    layers = parse_tower_layers(words["layers"])
     paths = [] if normal is None else list_images(normal)
     from edgead.server_side.vision_language.options import VisionLanguageOptions
 
@@ -171,7 +171,7 @@ def _fit_with_sentences(
         domain=words["domain"],
         prompts=words["prompts"],
         shots=words["shots"],
-        layers=layers,  # type: ignore[arg-type]  # all numbers, as checked above
+        layers=layers,
         projections=words["projections"],
         auxiliary=words["auxiliary"],
         preprocessing=preprocessing,
@@ -179,11 +179,18 @@ def _fit_with_sentences(
         product=words["product"],
         seed=words["seed"],
     )
-    learned: Learned = learn(paths, options, samples)
+    more: dict[str, Any] = {}
+    checkpoint = output.with_name(output.name + ".training")
+    if method in TRAINS_PROJECTIONS and words["projections"] is None:
+        more["checkpoint"] = checkpoint
+    learned: Learned = learn(paths, options, samples, **more)
     if left_out:
         learned.card["images"]["left_out_unreadable"] = len(left_out)
         learned.card["left_out"] = left_out_facts(left_out)
-    return learned.write(output, force=force)
+    fitted = learned.write(output, force=force)
+    if more:
+        checkpoint.unlink(missing_ok=True)
+    return fitted
 
 
 def _tell_left_out(card: Mapping[str, Any]) -> None:

@@ -22,6 +22,8 @@ LANGUAGE_METHODS = {
     "normality": "normality",
 }
 """Methods that rest on sentences -> their module in `edgead.server_side.detectors`."""
+TRAINS_PROJECTIONS = ("april-gan", "normality")
+"""Those that train projections where no file of them is given."""
 METHODS = (MEMORY_BANK, *LANGUAGE_METHODS)
 
 DEFAULT_SIZE = "256"
@@ -95,7 +97,11 @@ def fit_options(command: Command) -> Command:
             show_default=True,
             help="Good parts that become reference banks; 0 for sentences alone.",
         ),
-        click.option("--projections", type=click.Path(path_type=Path), help="Trained projections (april-gan)."),
+        click.option(
+            "--projections",
+            type=click.Path(path_type=Path),
+            help="File of `edgead projections` (april-gan, normality).",
+        ),
         click.option(
             "--auxiliary",
             type=click.Path(path_type=Path),
@@ -113,6 +119,18 @@ def parse_layers(text: str | None) -> tuple[str | int, ...] | None:
         return None
     parts = [part.strip() for part in text.split(",") if part.strip()]
     return tuple(int(part) if part.isdecimal() else part for part in parts)
+
+
+def parse_tower_layers(text: str | None) -> tuple[int, ...] | None:
+    """'6,12' -> (6, 12).
+
+    Raises:
+        InputError: something else than numbers from 1.
+    """
+    numbers = [layer for layer in parse_layers(text) or () if isinstance(layer, int) and layer > 0]
+    if text is not None and (not numbers or len(numbers) != len(parse_layers(text) or ())):
+        raise InputError(wanted="layers as numbers from 1", got=f"--layers {text}", next_step="Write them like 6,12.")
+    return tuple(numbers) or None
 
 
 def parse_preprocessing(

@@ -17,7 +17,8 @@ from edgead.server_side.vision_language.table import make_table_file
 @click.argument("prompts", type=click.Path(path_type=Path), metavar="PROMPTS.json")
 @click.option("--model", required=True, help="open_clip model name, such as ViT-B-16-plus-240, or own JSON config.")
 @click.option(
-    "--weights",
+    "--model-weights",
+    "weights",
     help="Pretrained tag (fetched once), local checkpoint, TAG=FILE for a local copy of a tag, or random:SEED.",
 )
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The text table.")
@@ -31,7 +32,7 @@ def text_table(prompts: Path, model: str, weights: str | None, output: Path, for
     \b
     Example:
       edgead prompts new carpet -o carpet.json
-      edgead text-table carpet.json --model ViT-B-16-plus-240 --weights laion400m_e32 -o carpet.table
+      edgead text-table carpet.json --model ViT-B-16-plus-240 --model-weights laion400m_e32 -o carpet.table
     """
     refuse_existing(output, force)
     sentences = read_prompt_set(prompts)

@@ -111,8 +111,8 @@ def _near(name: str, names: list[str]) -> str:
 
 
 def _advice(tags: Mapping[str, Any]) -> str:
-    local = "--weights FILE (a local open_clip checkpoint) or --weights random:0 for a trial"
-    return f"Pass --weights TAG ({', '.join(tags)}), {local}." if tags else f"Pass {local}."
+    local = "--model-weights FILE (a local open_clip checkpoint) or --model-weights random:0 for a trial"
+    return f"Pass --model-weights TAG ({', '.join(tags)}), {local}." if tags else f"Pass {local}."
 
 
 def _seed(text: str) -> int:
@@ -121,7 +121,7 @@ def _seed(text: str) -> int:
         raise BackboneError(
             wanted="random weights as random:SEED with a whole number",
             got=f"'{text}'",
-            next_step="Write for example --weights random:0.",
+            next_step="Write for example --model-weights random:0.",
         )
     return int(digits)
 
@@ -144,7 +144,7 @@ def _file(model: str, path: Path) -> Path:
         raise BackboneError(
             wanted=f"weights of '{model}' at {path}",
             got="a folder" if path.is_dir() else "no such file",
-            next_step="Check the path given as --weights.",
+            next_step="Check the path given as --model-weights.",
         )
     if path.suffix not in _SUFFIXES:
         raise BackboneError(
@@ -179,7 +179,7 @@ def _download(model: str, tag: str, settings: Mapping[str, Any]) -> Path:
 
     place = str(settings.get("hf_hub") or settings.get("url"))
     wanted = f"pretrained weights '{tag}' of '{model}' ({place.rstrip('/')})"
-    advice = f"Fetch them elsewhere and pass --weights {tag}=FILE, or --weights random:0 for a trial."
+    advice = f"Fetch them elsewhere and pass --model-weights {tag}=FILE, or --model-weights random:0 for a trial."
     require_network(_HUB if settings.get("hf_hub") else str(urlsplit(place).hostname), wanted, advice)
     try:
         return Path(download_pretrained(dict(settings)))

@@ -180,7 +180,7 @@ def read_table(path: Path) -> TextTable:
         raise InputError(
             wanted=f"a text table at {path}",
             got="a folder" if path.is_dir() else "no such file",
-            next_step="Make one: edgead text-table PROMPTS.json --model NAME --weights WEIGHTS -o FILE",
+            next_step="Make one: edgead text-table PROMPTS.json --model NAME --model-weights WEIGHTS -o FILE",
         )
     with storage_errors(path, "to read a text table"), path.open("rb") as stream:
         data = stream.read(_FILE_BYTES + 1)
@@ -270,5 +270,5 @@ def _damaged(where: Path | str, got: str) -> KnowledgeError:
     return KnowledgeError(
         wanted=f"a text table in {where}",
         got=got,
-        next_step="Make it again: edgead text-table PROMPTS.json --model NAME --weights WEIGHTS -o FILE",
+        next_step="Make it again: edgead text-table PROMPTS.json --model NAME --model-weights WEIGHTS -o FILE",
     )

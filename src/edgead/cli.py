@@ -24,6 +24,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compile": ("edgead.runtime.compile_cli:compile_command", "Build TensorRT plans on the device."),
     "prompts": ("edgead.server_side.prompts.cli:prompts", "Sentences about good and bad parts, by template or LLM."),
     "text-table": ("edgead.server_side.vision_language.cli:text_table", "Sentences -> rows of knowledge."),
+    "projections": (
+        "edgead.server_side.projections_cli:projections",
+        "Train what compares inner layers with sentences.",
+    ),
     "normality": ("edgead.server_side.normality_cli:normality", "Teach a bundle what is normal by a sentence."),
     "backbone": ("edgead.server_side.backbones.cli:backbone", "Show or distil the embedded backbone."),
 }

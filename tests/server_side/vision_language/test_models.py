@@ -102,7 +102,7 @@ def test_a_tokenizer_on_a_hub_is_asked_for_only_by_sentences(tiny_config: Config
 
 def test_a_tag_that_is_not_cached_is_one_line_without_a_network(offline: None) -> None:
     with pytest.raises(
-        BackboneError, match=r"pretrained weights 'laion400m_e31'.*--weights laion400m_e31=FILE"
+        BackboneError, match=r"pretrained weights 'laion400m_e31'.*--model-weights laion400m_e31=FILE"
     ) as caught:
         load_model("ViT-B-16-plus-240", "laion400m_e31")
     assert "\n" not in str(caught.value)

@@ -185,7 +185,7 @@ def test_the_command_writes_the_same_bytes_each_time_and_says_what_it_made(
     tiny_config: Callable[..., Path], prompts: PromptSet, tmp_path: Path
 ) -> None:
     write_prompt_set(tmp_path / "nut.json", prompts)
-    words = [str(tmp_path / "nut.json"), "--model", str(tiny_config()), "--weights", "random:1"]
+    words = [str(tmp_path / "nut.json"), "--model", str(tiny_config()), "--model-weights", "random:1"]
     runs = [CliRunner().invoke(text_table, [*words, "-o", str(tmp_path / name), "--json"]) for name in ("a", "b")]
     assert [run.exit_code for run in runs] == [0, 0], runs[0].output
     summary = json.loads(runs[0].stdout)
