@@ -11,6 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from edgead.detector_file import weights_digest
 from edgead.runtime import Inspector
 from edgead.runtime.errors import BackboneError, InputError
 from edgead.runtime.image import encode_png
@@ -231,13 +232,18 @@ def test_projections_are_trained_where_none_are_named(tiny_options: VisionLangua
                 picture[8:24, 8:24], mask[8:24, 8:24] = 0, 255
                 (masks / f"{number}_mask.png").write_bytes(encode_png(mask))
             (folder / f"{number}.png").write_bytes(encode_png(picture))
-    options = dataclasses.replace(tiny_options, auxiliary=tmp_path / "metal_nut", seed=7)
-    opened = april_gan.open_trunk(options, TrainingOptions(epochs=2), tmp_path / "checkpoint")
+    file = tmp_path / "new.safetensors"
+    options = dataclasses.replace(tiny_options, auxiliary=tmp_path / "metal_nut", seed=7, projections=file)
+    opened = april_gan.open_trunk(options, TrainingOptions(epochs=2))
     assert opened.facts["layers"] == [1, 2, 3, 4]
     assert opened.facts["auxiliary"].startswith("metal_nut: 6 pictures")
     assert opened.facts["epochs"] == 2
     assert opened.facts["options"]["seed"] == 7
-    assert (tmp_path / "checkpoint").is_file()
+    # They are kept where the option says, and the next fit takes them from there.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metal_nut", "new.safetensors"]
+    again = april_gan.open_trunk(options)
+    assert weights_digest(again.trunk) == weights_digest(opened.trunk)
+    assert again.facts == opened.facts
 
 
 def test_what_does_not_fit_the_model_is_refused(
@@ -247,6 +253,8 @@ def test_what_does_not_fit_the_model_is_refused(
         april_gan.learn([], dataclasses.replace(options, weights="random:4"))
     with pytest.raises(BackboneError, match="layers 1 to 4"):
         april_gan.learn([], dataclasses.replace(tiny_options, layers=(5,)))
+    with pytest.raises(BackboneError, match="nothing there"):
+        april_gan.learn([], dataclasses.replace(options, projections=tmp_path / "epoch_15.pth"))
     with pytest.raises(InputError, match="no pictures of defects"):
         april_gan.learn([], options, [(tmp_path / "dent.png", None)])
 
