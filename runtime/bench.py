@@ -221,11 +221,13 @@ def as_text(host: dict[str, Any], results: Sequence[Timing | Failure]) -> str:
         parts.append(
             f"{threads} threads per inference, frames of {sizes}; median milliseconds, 90th percentile in total"
         )
-        head = ["engine", *STAGES, "p90", "frames/s", "overhead", "cold start", "memory"]
+        compared = any(timing.p90["normality"] >= 0.05 for timing in timings)
+        stages = [stage for stage in STAGES if compared or stage != "normality"]
+        head = ["engine", *stages, "p90", "frames/s", "overhead", "cold start", "memory"]
         rows = [
             [
                 timing.engine,
-                *(f"{timing.median[stage]:.2f}" for stage in STAGES),
+                *(f"{timing.median[stage]:.2f}" for stage in stages),
                 f"{timing.p90['total']:.2f}",
                 f"{timing.frames_per_second:.1f}",
                 f"{timing.overhead:.3f}x",

@@ -99,10 +99,12 @@ def summary(tally: Tally, *, skipped: int = 0, dropped: int = 0, restarts: int =
         parts.append("\n".join(f"  {count} x {reason}" for reason, count in tally.reasons.most_common(5)))
     median, p95 = tally.milliseconds(0.5), tally.milliseconds(0.95)
     if not math.isnan(median["total"]):
+        compared = max(tally.times["normality"], default=0.0) >= 0.05
+        stages = [stage for stage in STAGES if compared or stage != "normality"]
         times = [
-            ["ms", *STAGES],
-            ["median", *(f"{median[stage]:.1f}" for stage in STAGES)],
-            ["p95", *(f"{p95[stage]:.1f}" for stage in STAGES)],
+            ["ms", *stages],
+            ["median", *(f"{median[stage]:.1f}" for stage in stages)],
+            ["p95", *(f"{p95[stage]:.1f}" for stage in stages)],
         ]
         parts.append(table(times))
     versions = ", ".join(tally.knowledge)

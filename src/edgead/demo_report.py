@@ -272,7 +272,8 @@ def _engines(result: DemoResult) -> str:
     for engine in result.engines:
         lines.append(_engine_row(engine))
         if engine.milliseconds:
-            stages = [stage for stage in STAGES if stage != "total" and stage in engine.milliseconds]
+            # The demo adds no sentences.
+            stages = [stage for stage in STAGES if stage not in ("normality", "total") and stage in engine.milliseconds]
             bars[engine.record.name] = [(stage, engine.milliseconds[stage]) for stage in stages]
     head = [
         "engine",
