@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgead.runtime.bundle import Bundle, open_bundle
-from edgead.runtime.errors import BundleError, EngineError, InputError, KnowledgeError
+from edgead.runtime.errors import EngineError, InputError
 from edgead.runtime.image import read_image
 from edgead.runtime.inspection import Verdict
 from edgead.runtime.inspector import Inspector
@@ -28,6 +28,7 @@ from edgead.server_side.detectors.normality import TABLE, normality_arrays
 from edgead.server_side.detectors.sentences import normality_row
 from edgead.server_side.evaluation import Evaluation, evaluate_bundle, limited
 from edgead.server_side.metrics import auroc
+from edgead.server_side.normalities import check_model, normality_of
 from edgead.server_side.protocol_groups import Grouping, groups_of
 from edgead.server_side.vision_language import VisionLanguageModel
 
@@ -190,12 +191,7 @@ def normality_addition(
     for category, root in sets:
         opened, chosen = bundle_of(bundle, category, alone=len(sets) == 1, product=product)
         method = opened.manifest.detector.method
-        if opened.manifest.normality is None:
-            raise BundleError(
-                wanted=f"a bundle with a normality detector at {opened.path}",
-                got="one without: sentences have nothing to act through",
-                next_step="Export it again with --with-normality NORMALITY.detector.",
-            )
+        normality_of(opened)
         samples = limited(test_samples(root), limit)
         with Inspector(opened, target=target, threads=threads, products=[chosen], suppression="eager") as inspector:
             found, said = _category(inspector, chosen, category, samples, grouping, encode(opened))
@@ -214,15 +210,10 @@ def encoder(model: VisionLanguageModel, bundle: Bundle) -> Encode:
     """What makes rows of sentences for a bundle's normality detector.
 
     Raises:
+        BundleError: it has no normality detector.
         KnowledgeError: the model is not the one that the detector was made with.
     """
-    record = bundle.manifest.normality
-    if record is not None and record.weights not in (None, model.weights_sha256):
-        raise KnowledgeError(
-            wanted=f"the model of the normality detector: {record.model} with weights {str(record.weights)[:12]}",
-            got=f"{model.name} with weights {model.weights_sha256[:12]}",
-            next_step="Name that model and its weights with --model and --weights.",
-        )
+    check_model(normality_of(bundle), model.name, model.weights_sha256)
 
     def encode(sentences: Sequence[str], class_name: str) -> dict[str, NDArray[Any]]:
         rows = [normality_row(model, text, class_name) for text in sentences]
