@@ -15,7 +15,9 @@ Recipe, in order:
 2. Both towers, and one linear projection for each of `LAYERS`, learn together. Besides whole pictures (class token)
    three more things are held against the captions: windows of 2 x 2 or of 3 x 3 patches, as WinCLIP looks at them;
    single patches of `LAYERS` through their projections, as APRIL-GAN's; and the last layer's values, which ALFA's
-   aligner reads. What a window or a patch shows is known from the painter's mask.
+   aligner reads. What a window or a patch shows is known from the painter's mask; a projected patch also counts as a
+   defect's if only one of its eight neighbours shows it, since a real tower's patches know their surroundings too, and
+   suppression has to reach as far as the maps of detectors smear.
 3. The loss is the pairwise sigmoid loss of SigLIP (https://arxiv.org/abs/2303.15343), fitting and unfitting pairs
    weighted alike, plus a ranking term: a picture of a hole is farther from 'carpet with a thread' (two wrong claims: a
    thread that is not there, a hole left out) than from 'flawless carpet' (one).
@@ -168,29 +170,29 @@ def caption(rng: np.random.Generator) -> tuple[str, int]:
 
 
 class Pictures(NamedTuple):
-    """uint8 [N, S, S, 3]; bool [N, S, S]; [N] of `GOOD` or 1 + the place in `KINDS`."""
+    """uint8 [N, S, S, 3]; bool [N, S, S]; [N] of 'good' or the defect."""
 
     images: NDArray[np.uint8]
     masks: NDArray[np.bool_]
-    states: NDArray[np.int64]
+    kinds: NDArray[np.str_]
 
 
 def paint(bases: int, seed: int, kinds: Sequence[str] = KINDS) -> Pictures:
     """Painted carpets, each good and then with each kind of defect: the kinds are compared on the same parts."""
     rng = np.random.default_rng([seed, bases])
-    images, masks, states = [], [], []
+    images, masks, shown = [], [], []
     for _ in range(bases):
         part = paint_part("fabric", rng=rng, size=SIDE)
         images.append(part.image)
         masks.append(np.zeros((SIDE, SIDE), np.bool_))
-        states.append(GOOD)
+        shown.append("good")
         for kind in kinds:
             size, contrast = float(rng.uniform(0.3, 0.6)), float(rng.uniform(0.8, 1.0))
             image, mask = paint_defect(part.image, kind, size=size, contrast=contrast, rng=rng, within=part.surface)
             images.append(image)
             masks.append(mask > 0)
-            states.append(1 + KINDS.index(kind))
-    return Pictures(np.stack(images), np.stack(masks), np.array(states))
+            shown.append(kind)
+    return Pictures(np.stack(images), np.stack(masks), np.array(shown))
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -214,7 +216,7 @@ class Training:
         self.images = torch.from_numpy(pictures.images)
         covered = pictures.masks.reshape(-1, GRID, PATCH, GRID, PATCH).mean((2, 4))
         self.covered = torch.from_numpy(covered.astype(np.float32)).flatten(1)
-        self.states = torch.from_numpy(pictures.states)
+        self.states = torch.tensor([("good", *KINDS).index(kind) for kind in pictures.kinds])
 
     def run(self) -> None:
         """Train to the end."""
@@ -269,21 +271,24 @@ class Training:
         text, claims = self._captions(self.recipe.captions)
         visual, states = self.model.visual, self.states[picks]
         covered = self.covered[picks]
-        shown = torch.where(covered >= SEEN, states[:, None], torch.where(covered <= UNSEEN, GOOD, UNKNOWN))
+        shown = _shown(covered, states)
+        near = _shown(F.max_pool2d(covered.view(-1, 1, GRID, GRID), 3, 1, 1).flatten(1), states)
         start = visual._embeds(_varied(self.images[picks]))
         tokens = [start]
         for block in visual.transformer.resblocks:
             tokens.append(block(tokens[-1]))
-        # Every patch with a defect, and some of the others.
-        chosen = (shown > 0) | ((shown == GOOD) & (torch.rand(shown.shape) < 0.15))
+        # Every patch at a defect, and some of the others.
+        chosen = (near > 0) | ((near == GOOD) & (torch.rand(near.shape) < 0.25))
         patches = [tokens[layer][:, 1:][chosen] for layer in LAYERS]
         places = self._window_places(shown, scale)
         windowed = start[:, 1:].gather(1, places[..., None].expand(-1, -1, start.shape[-1]))
         windows = visual.transformer(torch.cat([start[:, :1], windowed], dim=1))[:, 0]
         return [
             self._loss(self._joint(tokens[-1][:, 0]), states, text, claims),
-            self._loss(self._joint(windows), _shown_in(covered.gather(1, places), states), text, claims),
-            torch.stack([self._loss(p, shown[chosen], text, claims) for p in self.projections(patches)]).mean(),
+            self._loss(
+                self._joint(windows), _shown(covered.gather(1, places).amax(1, True), states)[:, 0], text, claims
+            ),
+            torch.stack([self._loss(patch, near[chosen], text, claims) for patch in self.projections(patches)]).mean(),
             0.5 * self._loss(self._joint(self._values(tokens[-2][:, 1:][chosen])), shown[chosen], text, claims),
         ]
 
@@ -328,9 +333,9 @@ def _mean(values: Tensor, weights: Tensor) -> Tensor:
     return (values * weights).sum() / weights.sum().clamp(min=1.0)
 
 
-def _shown_in(covered: Tensor, states: Tensor) -> Tensor:
-    most = covered.amax(1)
-    return torch.where(most >= SEEN, states, torch.where(most <= UNSEEN, GOOD, UNKNOWN))
+def _shown(covered: Tensor, states: Tensor) -> Tensor:
+    """The states [B, P] of places that the masks cover by these shares [B, P], in pictures of states [B]."""
+    return torch.where(covered >= SEEN, states[:, None], torch.where(covered <= UNSEEN, GOOD, UNKNOWN))
 
 
 def normalised(images: Tensor) -> Tensor:
