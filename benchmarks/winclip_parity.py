@@ -19,7 +19,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,11 @@ from numpy.typing import NDArray
 from benchmarks.common import PEER, Frame, exported, note, painted, peer_environment, report, table
 from edgead.detector_file import FittedDetector, export_programs, weights_digest
 from edgead.runtime.engines import open_engine
+from edgead.runtime.knowledge import Pack
 from edgead.runtime.spec import Calibration, Preprocessing
 from edgead.server_side.detectors.text_heads import HarmonicWindows, anomalous_share, association
 from edgead.server_side.detectors.winclip import SCALES, TEMPERATURE, reference_banks, winclip_modules
+from edgead.server_side.learned import Modules
 from edgead.server_side.vision_language import VisionLanguageModel, encode_texts, load_model, tower_of
 
 LIMIT = 1e-4
@@ -88,7 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
         if small:
             _record(options.record, peer, model, images, shots, options.seed)
             return 0
-        comparisons, usual = _compare(model, peer, images, shots, folder)
+        targets = [target for target in options.targets.split(",") if target]
+        comparisons, usual = _compare(model, peer, images, shots, targets, folder)
     rows = [[c.engine, c.quantity, c.difference, c.of_range, LIMIT, "ok" if c.ok else "OFF"] for c in comparisons]
     print(f"{len(images)} images, {SHOTS} references, {MODEL} with random weights; {versions}")
     print(table(["engine", "quantity", "off by", "of its range", "allowed", ""], rows))
@@ -107,6 +110,9 @@ def _options() -> argparse.ArgumentParser:
     )
     parser.add_argument("--images", type=int, default=2, help="pictures to compare")
     parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument(
+        "--targets", default=",".join(TARGETS), help="engines beside torch, comma-separated; may be empty"
+    )
     parser.add_argument("--record", type=Path, help="write the small data of the tests instead")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     return parser
@@ -177,7 +183,7 @@ def _record(path: Path, peer: Arrays, model: VisionLanguageModel, images: Frame,
 
 
 def _compare(
-    model: VisionLanguageModel, peer: Arrays, images: Frame, shots: Frame, folder: Path
+    model: VisionLanguageModel, peer: Arrays, images: Frame, shots: Frame, targets: Sequence[str], folder: Path
 ) -> tuple[list[Comparison], float]:
     tower = tower_of(model)
     modules = winclip_modules(tower, Preprocessing(width=tower.size[1], height=tower.size[0]))
@@ -198,23 +204,31 @@ def _compare(
     packs = {count: modules.pack("part", {**banks[count], **text}, UNDECIDED) for count in banks}
     for count, name in KINDS.items():
         found += _answers("torch", count, modules.outputs(features, packs[count]), peer, name)
+    if targets:
+        found += _by_engines(modules, packs, images, peer, targets, folder)
+    table_scores = modules.outputs(features, modules.pack("part", {**banks[0], **usual}))["score"]
+    return found, float(np.abs(table_scores - peer["zero_score"]).max())
+
+
+def _by_engines(
+    modules: Modules, packs: Mapping[int, Pack], images: Frame, peer: Arrays, targets: Sequence[str], folder: Path
+) -> list[Comparison]:
+    """One export serves both packs: banks are knowledge."""
+    found: list[Comparison] = []
     note("exporting ...")
     trunk, head = export_programs(modules.trunk, modules.head, modules.spec)
     detector = FittedDetector(modules.spec, trunk, head, packs[SHOTS], images, {})
-    bundle = exported(detector, folder / "bundle", TARGETS)
-    for target in TARGETS:
+    bundle = exported(detector, folder / "bundle", targets)
+    for target in targets:
         note(f"running on {target} ...")
         with open_engine(bundle, target, threads=2) as engine, engine.trunk() as running:
-            seen = [
-                {key: array.copy() for key, array in running.infer({"image": image[None]}).items()} for image in images
-            ]
+            seen = [_copied(running.infer({"image": image[None]})) for image in images]
             for count, name in KINDS.items():
                 with engine.head(packs[count]) as compared:
                     answers = [_copied(compared.infer(each)) for each in seen]
                 joined = {key: np.concatenate([answer[key] for answer in answers]) for key in answers[0]}
                 found += _answers(target, count, joined, peer, name)
-    table_scores = modules.outputs(features, modules.pack("part", {**banks[0], **usual}))["score"]
-    return found, float(np.abs(table_scores - peer["zero_score"]).max())
+    return found
 
 
 def _windows(scale: int, features: Arrays, banks: Arrays, peer: Arrays, grid: tuple[int, int]) -> list[Comparison]:
