@@ -12,6 +12,7 @@ Every error says what was wanted, what came instead, and what to do next. The cl
     │   ├── BundleError           a bundle that is truncated, edited, too new or foreign
     │   │   └── EngineMismatchError   an engine built for another GPU, library or version
     │   ├── KnowledgeError        a pack that is damaged, foreign, over capacity or not finite
+    │   │   └── PinError              a signature on a pack that is forged, moved, expired or of an unknown key
     │   ├── ReleaseError          a release that is malformed, old, quarantined, or not of one piece
     │   ├── DetectorError         a module or detector file that breaks the graph contract
     │   └── BackboneError         an unknown backbone, or weights that do not fit it
@@ -91,6 +92,10 @@ class EngineMismatchError(BundleError):
 
 class KnowledgeError(UserError):
     """A knowledge pack is damaged, foreign to the engine, over capacity or not finite."""
+
+
+class PinError(KnowledgeError):
+    """A signature on a pack is forged, moved from another one, expired, or of a key that is not trusted."""
 
 
 class ReleaseError(UserError):
