@@ -2,13 +2,15 @@
 
 A bank is never changed without its thresholds: `add_normal_rows` wants the scores of held-out normals, and gives
 back one pack that holds both, with the false alarms and misses of before and after: a bank that knows more lets
-more pass, and whoever releases it should see what. Old rows keep their bytes and their ids.
+more pass, and whoever releases it should see what. Old rows keep their bytes and their ids. `recalibrated` does this
+for any change of a bank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,7 @@ from edgead.runtime.errors import InputError
 from edgead.runtime.knowledge import IDS, Pack, new_pack
 from edgead.runtime.spec import Calibration
 from edgead.server_side.calibration import calibrate
+from edgead.server_side.coreset import farthest_first, nearest_distance
 
 BANK = "bank.normal"
 SPACING = 0.9
@@ -49,6 +52,29 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Recalibration:
+    """Changed knowledge with the thresholds that belong to it.
+
+    Attributes:
+        pack: arrays and thresholds together.
+        false_alarms: held-out normals called NG. The new threshold is set on these very pictures: after it there
+            are as few as the wanted rate allows, and what that promises is the calibration's to say.
+        misses: known defects not called NG; None if none were given.
+    """
+
+    pack: Pack
+    false_alarms: Change
+    misses: Change | None = None
+
+    def summary(self) -> str:
+        """What the change does, as a phrase for people."""
+        text = f"false alarms {self.false_alarms} held-out normals"
+        if self.misses is None:
+            return f"{text}; misses unknown: no known defects were given"
+        return f"{text}, misses {self.misses} known defects"
+
+
+@dataclass(frozen=True)
 class Enrolment:
     """What teaching changed.
 
@@ -56,9 +82,7 @@ class Enrolment:
         pack: the new knowledge: bank and thresholds together.
         added: rows that came in.
         offered: patches that were unlike anything in the old bank, of which `added` stand for all.
-        false_alarms: held-out normals called NG. The new threshold is set on these very pictures: after it there
-            are as few as the wanted rate allows, and what that promises is the calibration's to say.
-        misses: known defects not called NG; None if none were given.
+        false_alarms, misses: see `Recalibration`.
     """
 
     pack: Pack
@@ -69,10 +93,7 @@ class Enrolment:
 
     def summary(self) -> str:
         """What the change does, as a sentence for people."""
-        text = f"{self.added} rows added; false alarms {self.false_alarms} held-out normals"
-        if self.misses is None:
-            return f"{text}; misses unknown: no known defects were given"
-        return f"{text}, misses {self.misses} known defects"
+        return f"{self.added} rows added; {Recalibration(self.pack, self.false_alarms, self.misses).summary()}"
 
 
 def add_normal_rows(
@@ -115,28 +136,79 @@ def add_normal_rows(
             next_step="Make them with Inspector.embed of an engine of the same bundle.",
         )
     level = pack.calibration.typical if novelty is None else novelty
-    if not level >= 0:
+    taken, offered = novel_rows(bank, patches, level, most=most)
+    arrays = with_rows(pack, {BANK: patches[taken]}, next_id(pack, first_id))
+    done = recalibrated(pack, arrays, held_out, known_defects=known_defects)
+    return Enrolment(done.pack, len(taken), offered, false_alarms=done.false_alarms, misses=done.misses)
+
+
+def novel_rows(bank: Rows, patches: Rows, novelty: float, *, most: int = 512) -> tuple[NDArray[np.int64], int]:
+    """Which patches a bank lacks: those taken, and how many there are that nothing in the bank is like.
+
+    Args:
+        bank: float32 [N, D].
+        patches: float32 [n, D].
+        novelty: distance up to which a patch counts as known.
+        most: at most so many are taken.
+
+    Raises:
+        InputError: a novelty below zero.
+    """
+    if not novelty >= 0:
         raise InputError(wanted="a novelty of at least 0", got=str(novelty))
-    distance = _distance(patches, bank)
-    offered = int((distance > level).sum())
-    rows = _cover(patches[distance > level], distance[distance > level], SPACING * level, most)
+    distance = nearest_distance(patches, bank)
+    new = np.flatnonzero(distance > novelty)
+    taken = farthest_first(patches[new], most, distance=distance[new], within=SPACING * novelty)
+    return new[taken], len(new)
+
+
+def recalibrated(
+    pack: Pack, arrays: Mapping[str, NDArray[Any]], held_out: HeldOut, *, known_defects: Known | None = None
+) -> Recalibration:
+    """A pack of changed arrays, with thresholds that are made for them.
+
+    Args:
+        pack: the knowledge so far.
+        arrays: of the new knowledge, all of them.
+        held_out: scores held-out normals; asked for `pack` first and for the new arrays last.
+        known_defects: scores defects that must still alarm; asked in the same order, with the new threshold the
+            second time.
+
+    Raises:
+        InputError: fewer than 2 held-out normals, or pictures of which none or another number is scored.
+        KnowledgeError: an array breaks the rules of a pack.
+    """
     normal_before, _ = held_out(pack)
     defects_before = None if known_defects is None else known_defects(pack)
-    taught = _with_rows(pack, rows, pack.calibration, first_id)
-    scores, maxima = held_out(taught)
+    scores, maxima = held_out(_made(pack, arrays, pack.calibration))
     calibration = calibrate(scores, maxima, false_alarm_rate=pack.calibration.false_alarm_rate or 0.01)
-    taught = _with_rows(pack, rows, calibration, first_id)
+    changed = _made(pack, arrays, calibration)
     before, after = pack.calibration.threshold, calibration.threshold
     misses = None
     if known_defects is not None and defects_before is not None:
-        misses = _change(defects_before <= before, known_defects(taught) <= after, "known defects")
-    return Enrolment(
-        taught,
-        len(rows),
-        offered,
-        false_alarms=_change(normal_before > before, scores > after, "held-out normals"),
-        misses=misses,
-    )
+        misses = _change(defects_before <= before, known_defects(changed) <= after, "known defects")
+    return Recalibration(changed, _change(normal_before > before, scores > after, "held-out normals"), misses)
+
+
+def next_id(pack: Pack, wanted: int | None = None) -> int:
+    """The first row id to give out: `wanted`, or the one behind the largest of the pack where that is larger."""
+    return max([wanted or 1, *(int(ids[-1]) + 1 for ids in map(pack.ids, pack.banks) if len(ids))])
+
+
+def with_rows(pack: Pack, rows: Mapping[str, NDArray[Any]], first_id: int) -> dict[str, NDArray[Any]]:
+    """The arrays of a pack with rows [n, D] added to banks, by name; they get ids from `first_id` on."""
+    arrays = dict(pack.arrays)
+    for bank in sorted(rows):
+        added = rows[bank]
+        ids = np.arange(first_id, first_id + len(added), dtype=np.uint64)
+        arrays[bank] = np.concatenate([pack.arrays[bank], np.asarray(added, pack.arrays[bank].dtype)])
+        arrays[bank + IDS] = np.concatenate([pack.ids(bank), ids])
+        first_id += len(added)
+    return arrays
+
+
+def _made(pack: Pack, arrays: Mapping[str, NDArray[Any]], calibration: Calibration) -> Pack:
+    return new_pack(product=pack.product, fingerprint=pack.fingerprint, calibration=calibration, arrays=arrays)
 
 
 def _change(before: NDArray[np.bool_], after: NDArray[np.bool_], what: str) -> Change:
@@ -149,35 +221,14 @@ def _change(before: NDArray[np.bool_], after: NDArray[np.bool_], what: str) -> C
     return Change(int(after.size), int(before.sum()), int(after.sum()))
 
 
-def _distance(patches: Rows, bank: Rows, chunk: int = 4096) -> Rows:
-    """Euclidean distance of each patch to its nearest row, float32 [n]."""
-    half = (bank * bank).sum(1) / 2
-    found = []
-    for start in range(0, len(patches), chunk):
-        part = patches[start : start + chunk]
-        # The expansion only chooses the row; the distance is computed from the difference.
-        nearest = (half - part @ bank.T).argmin(1)
-        found.append(np.sqrt(np.square(part - bank[nearest]).sum(1)))
-    return np.concatenate(found)
-
-
-def _cover(patches: Rows, distance: Rows, level: float, most: int) -> Rows:
-    taken: list[int] = []
-    distance = distance.copy()
-    while len(taken) < min(most, len(patches)) and distance.max() > level:
-        place = int(distance.argmax())
-        taken.append(place)
-        distance = np.minimum(distance, np.sqrt(np.square(patches - patches[place]).sum(1)))
-    return patches[taken]
-
-
-def _with_rows(pack: Pack, rows: Rows, calibration: Calibration, first_id: int | None) -> Pack:
-    arrays = dict(pack.arrays)
-    known = [int(ids[-1]) + 1 for ids in (pack.ids(bank) for bank in pack.banks) if len(ids)]
-    start = max([1, *known] if first_id is None else [first_id, *known])
-    arrays[BANK] = np.concatenate([pack.arrays[BANK], rows])
-    arrays[BANK + IDS] = np.concatenate([pack.ids(BANK), np.arange(start, start + len(rows), dtype=np.uint64)])
-    return new_pack(product=pack.product, fingerprint=pack.fingerprint, calibration=calibration, arrays=arrays)
-
-
-__all__: Sequence[str] = ("BANK", "Change", "Enrolment", "add_normal_rows")
+__all__: Sequence[str] = (
+    "BANK",
+    "Change",
+    "Enrolment",
+    "Recalibration",
+    "add_normal_rows",
+    "next_id",
+    "novel_rows",
+    "recalibrated",
+    "with_rows",
+)
