@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgead.runtime.bundle import Bundle, open_bundle, write_bundle
+    from edgead.runtime.deltas import Delta, apply_delta, make_delta, read_delta
     from edgead.runtime.engines import Engine, Session, open_engine
     from edgead.runtime.image import read_image
     from edgead.runtime.inspection import DefectRegion, Inspection, Verdict
@@ -27,6 +28,10 @@ _HOME = {
     "Bundle": "bundle",
     "open_bundle": "bundle",
     "write_bundle": "bundle",
+    "Delta": "deltas",
+    "apply_delta": "deltas",
+    "make_delta": "deltas",
+    "read_delta": "deltas",
     "Engine": "engines",
     "Session": "engines",
     "open_engine": "engines",
@@ -48,6 +53,7 @@ _HOME = {
 __all__ = [
     "Bundle",
     "DefectRegion",
+    "Delta",
     "Engine",
     "Inspection",
     "Inspector",
@@ -55,12 +61,15 @@ __all__ = [
     "Pack",
     "Session",
     "Verdict",
+    "apply_delta",
     "decode_pack",
     "encode_pack",
+    "make_delta",
     "new_pack",
     "open_bundle",
     "open_engine",
     "prepare",
+    "read_delta",
     "read_image",
     "read_pack",
     "write_bundle",

@@ -80,7 +80,8 @@ def find_evidence(
 def find_sentences(outputs: Arrays, pack: Pack, detector: DetectorSpec, texts: Texts) -> tuple[Sentence, ...]:
     """The text rows with most weight in the decision, heaviest first: at most `SENTENCES`.
 
-    Rows of the tile that made the score count; padded rows, and rows of weight 0, had no part in it.
+    Rows of the tile that made the score count; padded rows, and rows of weight 0 or -1 (a
+    cosine's least value, by which heads say that they dropped a row), had no part.
 
     Args:
         outputs: of the head, one entry for each tile.
@@ -93,12 +94,9 @@ def find_sentences(outputs: Arrays, pack: Pack, detector: DetectorSpec, texts: T
     if weights is None or name is None:
         return ()
     found = weights[int(outputs["score"].argmax()), : len(pack.arrays[name])]
-    order = np.argsort(-found, kind="stable")[:SENTENCES]
-    return tuple(
-        Sentence(texts(name, int(row)), float(found[row]), name, int(row))
-        for row in order
-        if np.isfinite(found[row]) and found[row] != 0
-    )
+    had_part = np.flatnonzero(np.isfinite(found) & (found > -1) & (found != 0))
+    order = had_part[np.argsort(-found[had_part], kind="stable")][:SENTENCES]
+    return tuple(Sentence(texts(name, int(row)), float(found[row]), name, int(row)) for row in order)
 
 
 @lru_cache(maxsize=64)

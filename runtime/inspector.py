@@ -307,6 +307,9 @@ class Inspector:
                 base=self.spec.preprocessing,
                 frame_shape=frame.shape,
             )
+        if second is not None:
+            # The patch that made the score before suppression need not be the one that decides now.
+            outputs = {name: array for name, array in outputs.items() if name != "worst_patch"}
         peaks = [item.point for item in outlines]
         shape = None if merged is None else merged.shape
         if merged is not None and not peaks and "worst_patch" not in outputs:
