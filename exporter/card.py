@@ -46,6 +46,19 @@ def model_card(
         figures = engine.parity
         seen = f"{figures.score:.1e} | {figures.map:.1e}" if figures else "not executed here | "
         lines.append(f"| {engine.name} | {engine.made_with} | {seen} |")
+    second = [(engine.name, engine.normality) for engine in engines if engine.normality is not None]
+    if second:
+        lines += [
+            "",
+            "## Normality by sentences",
+            "",
+            "Largest differences of the suppression map (0 to 1) from torch, under an empty and a filled table.",
+            "",
+            "| engine | map |",
+            "|---|---|",
+        ]
+        for name, pair in second:
+            lines.append(f"| {name} | {pair.parity.map:.1e} |" if pair.parity else f"| {name} | not executed here |")
     if facts:
         lines += ["", "## Made from", ""]
         lines += _list(facts, "")

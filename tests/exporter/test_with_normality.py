@@ -62,6 +62,9 @@ def test_the_manifest_says_what_the_second_detector_is(tiny: ModuleType, pair: P
     shown = as_text(describe(pair))
     assert "normality" in shown
     assert "tiny" in shown
+    card = bundle.read("card.md").decode()
+    assert "## Normality by sentences" in card
+    assert "ab" * 32 in card
 
 
 def test_the_second_graphs_pass_the_gate_with_a_filled_table_too(tiny: ModuleType, pair: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -50,6 +52,19 @@ def bundle(
     second = learned.write(folder / "normality.detector")
     export_bundle(normality_pair.base(), folder / "part.bundle", ["onnx", "tensorrt"], normality=second)
     return folder / "part.bundle"
+
+
+@pytest.fixture(scope="module")
+def chat() -> ModuleType:
+    """The module of the chat server that the tests of prompts have."""
+    path = Path(__file__).parents[1] / "prompts" / "chat_server.py"
+    spec = importlib.util.spec_from_file_location("edgead_tests_chat", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
@@ -111,6 +126,25 @@ def test_own_phrases_come_as_lines_or_as_a_prompt_set(
         np.testing.assert_array_equal(read_pack(output).arrays["normality.table"], wanted[None])
     with pytest.raises(InputError, match="'stain' in the prompt set"):
         edgead("add", bundle, "--class", "carpet", "stain", "--phrases", prompts, "-o", tmp_path / "c.delta")
+
+
+def test_a_language_models_phrases_are_used_only_after_a_yes(
+    bundle: Path, edgead: Edgead, chat: ModuleType, tiny_clip: VisionLanguageModel, tmp_path: Path
+) -> None:
+    output = tmp_path / "t.safetensors"
+    words: list[object] = ["add", bundle, "--class", "carpet", "thread", "--cache", tmp_path / "cache", "-o", output]
+    with chat.chat_server(chat.say("1. carpet with a loose thread\n2. lint")) as server:
+        words += ["--llm", server.url, "--llm-model", "qwen"]
+        with pytest.raises(InputError, match="agreement"):
+            edgead(*words)
+        assert not output.exists()
+        edgead(*words, "--yes")
+        assert len(server.requests) == 1
+    phrases = ["carpet with a loose thread", "carpet with lint"]
+    wanted, _, _ = normality_row(tiny_clip, "thread", "carpet", phrases=phrases)
+    pack = read_pack(output)
+    np.testing.assert_array_equal(pack.arrays["normality.table"], wanted[None])
+    assert sentences(pack)[0]["phrases"] == phrases
 
 
 def test_run_takes_packs_and_deltas_and_says_what_passed(
