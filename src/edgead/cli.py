@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Train what compares inner layers with sentences.",
     ),
     "normality": ("edgead.server_side.normality_cli:normality", "Teach a bundle what is normal by a sentence."),
+    "ota": ("edgead.server_side.ota.cli:ota", "Publish signed updates for a fleet of cameras."),
     "backbone": ("edgead.server_side.backbones.cli:backbone", "Show or distil the embedded backbone."),
 }
 """Name -> where the command lives, and its line in the help. Nothing is imported until one is called."""
@@ -44,6 +45,9 @@ _EXTRA_OF = {
     "open_clip": "server",
     "openai": "server",
     "transformers": "server",
+    "tuf": "ota",
+    "securesystemslib": "ota",
+    "cryptography": "ota",
 }
 
 
