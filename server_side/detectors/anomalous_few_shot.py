@@ -85,7 +85,7 @@ def read_sample(picture: Path, mask: Path | None, preprocessing: Preprocessing) 
         raise InputError(
             wanted=f"a mask of where the defect in {picture} is",
             got="none",
-            next_step="Draw one, or name the data set whose ground_truth folder has it.",
+            next_step=f"Draw one and put it beside the picture as {picture.stem}_mask.png.",
         )
     drawn = read_photograph(mask)
     if drawn.shape != frame.shape:
