@@ -20,14 +20,16 @@ bounded (`Limits.delta_bytes`), as zlib can make 1,000 bytes of one.
 - `base`, `result`: digests of the pack that it applies to and of the one that it makes, 64 hex digits each;
 - `calibration`: that of the result, spelled as in a pack;
 - `removed`: canonical JSON list, sorted, of the names of arrays that the result lacks;
-- `splices`: canonical JSON object, name -> [first row, rows to take out], of arrays that change in part.
+- `splices`: canonical JSON object, name -> [first row, rows to take out], of arrays that change in part; a third
+  number is a row of the base, which is put in once more.
 
 Arrays, for the array NAME of a pack:
 
 - `del.NAME`: uint64, increasing: ids of the rows that a bank loses; and
 - `add.NAME` with `ids.NAME` (uint64, increasing): rows that a bank gains, and their ids. The bank's rows then stand in
   the order of their ids, as ever. An id is never used for two rows, so one that the base has cannot be added;
-- `put.NAME`: rows that replace those which `splices` names, in any array that is no bank; an insertion takes none out;
+- `put.NAME`: rows that replace those which `splices` names by two numbers, in any array that is no bank; an
+  insertion takes none out;
 - `set.NAME`: an array as a whole, new or of another dtype or shape.
 
 Arrays that none of these names stay as they are. Applying a delta to its result gives that result again.
@@ -54,7 +56,7 @@ MAGIC = b"edgead.d"
 """What a delta file begins with."""
 SCHEMA = 1
 _FRAME = 16
-_METADATA = frozenset({"base", "calibration", "edgead.delta", "fingerprint", "product", "removed", "result", "splices"})
+_METADATA = frozenset(["base", "calibration", "edgead.delta", "fingerprint", "product", "removed", "result", "splices"])
 _KINDS = ("add", "del", "ids", "put", "set")
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -69,7 +71,7 @@ class Delta:
         base, result: digests of both packs, 64 hex digits.
         calibration: of the result.
         removed: names of arrays that the result lacks.
-        splices: by array, (first row, rows to take out).
+        splices: by array, (first row, rows to take out) and perhaps the row of the base to put in.
         arrays: as in the content, by 'add.NAME', 'del.NAME', 'ids.NAME', 'put.NAME' and 'set.NAME'.
     """
 
@@ -79,7 +81,7 @@ class Delta:
     result: str
     calibration: Calibration
     removed: tuple[str, ...]
-    splices: Mapping[str, tuple[int, int]]
+    splices: Mapping[str, tuple[int, ...]]
     arrays: Arrays
 
     def of(self, kind: str) -> dict[str, NDArray[Any]]:
@@ -121,7 +123,12 @@ def make_delta(base: Pack, result: Pack) -> bytes:
         elif not (old is new or np.array_equal(old, new)):
             first, out, rows = _splice(old, new)
             splices[name] = [first, out]
-            arrays[f"put.{name}"] = rows
+            # Sentences about one part are compared with one and the same feature.
+            again = np.flatnonzero((old == rows).all(tuple(range(1, old.ndim)))) if len(rows) == 1 and len(old) else []
+            if old.ndim > 1 and len(again):
+                splices[name].append(int(again[0]))
+            else:
+                arrays[f"put.{name}"] = rows
     content = encode_tensors(
         arrays,
         {
@@ -162,16 +169,14 @@ def read_delta(data: bytes, *, limits: Limits = DEFAULT_LIMITS) -> Delta:
     check_names(metadata["product"], metadata["fingerprint"])
     for name in ("base", "result"):
         check_names(metadata["product"], metadata[name])
-    removed = _listed(metadata["removed"])
-    splices = _spliced(metadata["splices"])
     found = Delta(
         product=metadata["product"],
         fingerprint=metadata["fingerprint"],
         base=metadata["base"],
         result=metadata["result"],
         calibration=read_calibration(metadata["calibration"]),
-        removed=removed,
-        splices=splices,
+        removed=_listed(metadata["removed"]),
+        splices=_spliced(metadata["splices"]),
         arrays=arrays,
     )
     _check_arrays(found)
@@ -214,8 +219,9 @@ def apply_delta(base: Pack, delta: Delta | bytes, *, limits: Limits = DEFAULT_LI
     for name in sorted({*added, *deleted}):
         merged = _merged(name, arrays, deleted.get(name), ids.get(name), added.get(name), limits)
         arrays[name], arrays[name + IDS] = merged
-    for name, rows in delta.of("put").items():
-        arrays[name] = _put(name, arrays.get(name), rows, *delta.splices[name])
+    put = delta.of("put")
+    for name, place in delta.splices.items():
+        arrays[name] = _put(name, arrays.get(name), put.get(name), place)
     arrays |= delta.of("set")
     result = Pack(base.product, base.fingerprint, delta.calibration, arrays)
     if result.digest != delta.result:
@@ -310,11 +316,14 @@ def _merged(
     return kept, left
 
 
-def _put(name: str, old: NDArray[Any] | None, rows: NDArray[Any], first: int, out: int) -> NDArray[Any]:
-    if old is None or old.ndim == 0 or old.dtype != rows.dtype or old.shape[1:] != rows.shape[1:]:
+def _put(name: str, old: NDArray[Any] | None, rows: NDArray[Any] | None, place: tuple[int, ...]) -> NDArray[Any]:
+    first, out = place[:2]
+    if old is None or old.ndim == 0 or any(row >= len(old) for row in place[2:]) or first + out > len(old):
+        _refuse(f"rows that {name!r} has to replace or to repeat", f"{list(place)}")
+    if rows is None:
+        rows = old[place[2] : place[2] + 1]
+    if old.dtype != rows.dtype or old.shape[1:] != rows.shape[1:]:
         _refuse("rows that fit the array of the base", repr(name))
-    if first + out > len(old):
-        _refuse(f"rows to replace within the {len(old)} of {name!r}", f"{out} from row {first} on")
     return np.concatenate([old[:first], rows, old[first + out :]])
 
 
@@ -325,7 +334,7 @@ def _check_arrays(delta: Delta) -> None:
         if kind not in _KINDS or not about:
             _refuse(f"arrays named {', '.join(f'{kind}.NAME' for kind in _KINDS)}", repr(name))
     added, ids, deleted, put = (delta.of(kind) for kind in ("add", "ids", "del", "put"))
-    if added.keys() != ids.keys() or put.keys() != delta.splices.keys():
+    if added.keys() != ids.keys() or put.keys() != {name for name, place in delta.splices.items() if len(place) == 2}:
         _refuse("ids for added rows and a place for each splice", "one without the other")
     for name in (*added, *deleted):
         if not is_bank(name):
@@ -336,11 +345,10 @@ def _check_arrays(delta: Delta) -> None:
     for name, rows in added.items():
         if rows.ndim != 2 or len(rows) != len(ids[name]):
             _refuse(f"one id for each row added to {name!r}", f"{len(ids[name])} for {list(rows.shape)}")
-    for name, rows in put.items():
-        bank = name[: -len(IDS)] if name.endswith(IDS) else name
-        if rows.ndim == 0 or is_bank(bank):
+    for name in delta.splices:
+        if is_bank(name.removesuffix(IDS)) or (name in put and put[name].ndim == 0):
             _refuse("splices of arrays that are no banks", repr(name))
-    changed = [*added, *deleted, *put, *delta.of("set")]
+    changed = [*added, *deleted, *delta.splices, *delta.of("set")]
     twice = {name for name in changed if changed.count(name) > 1} - (added.keys() & deleted.keys())
     if twice or set(delta.removed) & set(changed):
         _refuse("one change for each array", ", ".join(sorted(twice | (set(delta.removed) & set(changed)))))
@@ -353,27 +361,26 @@ def _listed(text: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _spliced(text: str) -> dict[str, tuple[int, int]]:
+def _spliced(text: str) -> dict[str, tuple[int, ...]]:
     content = _canonical(text)
     places = content.values() if isinstance(content, dict) else [None]
     for place in places:
         if not (
             isinstance(place, list)
-            and len(place) == 2
+            and len(place) in (2, 3)
             and all(isinstance(row, int) and not isinstance(row, bool) and 0 <= row < 2**31 for row in place)
         ):
             _refuse("places of splices as name -> [first row, rows]", text[:200])
-    return {name: (place[0], place[1]) for name, place in content.items()}
+    return {name: tuple(place) for name, place in content.items()}
 
 
 def _canonical(text: str) -> Any:
     try:
         content = json.loads(text)
-        same = canonical_json(content).decode() == text
+        if canonical_json(content).decode() != text:
+            raise ValueError("another spelling of it")
     except (ValueError, RecursionError) as error:
         _refuse("canonical JSON in its metadata", f"something else ({error})")
-    if not same:
-        _refuse("canonical JSON in its metadata", "another spelling of it")
     return content
 
 

@@ -108,6 +108,7 @@ def describe_delta(path: Path) -> Record:
         StorageError: it cannot be read.
     """
     delta = read_delta_file(path)
+    put = delta.of("put")
     return {
         "kind": "delta",
         "product": delta.product,
@@ -118,8 +119,8 @@ def describe_delta(path: Path) -> Record:
         "rows_added": {name: len(ids) for name, ids in delta.of("ids").items()},
         "rows_deleted": {name: len(ids) for name, ids in delta.of("del").items()},
         "splices": {
-            name: {"first": at, "out": out, "in": len(delta.of("put")[name])}
-            for name, (at, out) in delta.splices.items()
+            name: {"first": place[0], "out": place[1], "in": len(put[name]) if name in put else 1}
+            for name, place in delta.splices.items()
         },
         "arrays_set": sorted(delta.of("set")),
         "arrays_removed": list(delta.removed),

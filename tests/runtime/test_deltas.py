@@ -53,10 +53,14 @@ def framed(content: bytes, length: int | None = None) -> bytes:
 
 
 def content(
-    arrays: dict[str, Any] | None = None, *, result: Pack | None = None, metadata: dict[str, str] | None = None
+    arrays: dict[str, Any] | None = None,
+    *,
+    base: Pack | None = None,
+    result: Pack | None = None,
+    metadata: dict[str, str] | None = None,
 ) -> bytes:
     """A delta's content from its parts, right or wrong."""
-    base = pack()
+    base = base or pack()
     return encode_tensors(
         arrays or {},
         {
@@ -101,6 +105,10 @@ CHANGES = {
     "a sentence behind": (sentences("thread", "a stain"), sentences("thread")),
     "a sentence between": (sentences("thread", "dot", "a stain"), sentences("thread", "a stain")),
     "a sentence gone": (sentences("a stain"), sentences("thread", "a stain")),
+    "a row once more": (
+        {"score_weights": np.float32([[1, 2], [3, 4], [1, 2]])},
+        {"score_weights": np.float32([[1, 2], [3, 4]])},
+    ),
     "an array more": ({"score_weights": np.float32([1, 2, 3])}, {}),
     "an array less": ({}, {"score_weights": np.float32([1, 2, 3])}),
     "another dtype": ({"score_weights": np.float16([1, 2])}, {"score_weights": np.float32([1, 2])}),
@@ -189,12 +197,22 @@ def test_a_forged_delta_is_refused(what: str) -> None:
         apply_delta(pack(), framed(content(WRONG[what], result=pack(threshold=7.0))))
 
 
+BASE = pack(score_weights=np.float32([[1, 2], [3, 4], [5, 6]]))
+
+
 @pytest.mark.parametrize(
     "metadata",
     [
         {"splices": '{"bank.normal":[0,1]}'},
         {"splices": '{"text.table":[0,99]}'},
         {"splices": '{"text.table": [0,1]}'},
+        {"splices": '{"score.weights":[0,0,3]}'},
+        {"splices": '{"score.weights":[4,0,0]}'},
+        {"splices": '{"score.weights":[0,4,0]}'},
+        {"splices": '{"bank.normal":[0,1,0]}'},
+        {"splices": '{"bank.normal.ids":[0,1,0]}'},
+        {"splices": '{"nothing":[0,0,0]}'},
+        {"splices": '{"score.weights":[0,0,0,0]}'},
         {"splices": "[]"},
         {"splices": '{"text.table":[-1,0]}'},
         {"removed": '["nothing"]'},
@@ -210,7 +228,7 @@ def test_a_forged_delta_is_refused(what: str) -> None:
 )
 def test_metadata_of_another_kind_is_refused(metadata: dict[str, str]) -> None:
     with pytest.raises(KnowledgeError):
-        apply_delta(pack(), framed(content(result=pack(threshold=7.0), metadata=metadata)))
+        apply_delta(BASE, framed(content(base=BASE, result=pack(threshold=7.0), metadata=metadata)))
 
 
 def test_a_bomb_is_refused_before_it_is_unpacked() -> None:
@@ -288,7 +306,11 @@ def test_a_hundredth_of_a_large_bank_is_a_hundredth_of_its_bytes() -> None:
 
 def test_a_sentence_costs_its_row_and_its_text() -> None:
     known = ["thread", "a stain", "dust"]
-    base, result = (pack(**sentences(*texts, dimensions=640)) for texts in (known, [*known, "a loose fibre"]))
+    normal = np.random.default_rng(9).standard_normal((1, 640)).astype(np.float32)
+    base, result = (
+        pack(**sentences(*texts, dimensions=640), normality_normal=normal.repeat(len(texts), axis=0))
+        for texts in (known, [*known, "a loose fibre"])
+    )
     assert len(make_delta(base, result)) < 640 * 4 + 700
 
 
