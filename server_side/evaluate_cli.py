@@ -82,10 +82,10 @@ def evaluate(
         )
     if protocol is not None:
         words = {"product": product, "target": target, "threads": threads, "limit": limit}
-        text, content, report = _protocol(bundle, data, protocol, groups, model, model_weights, words)
+        text, content, drawn = _protocol(bundle, data, protocol, groups, model, model_weights, words)
         click.echo(json.dumps(content, sort_keys=True) if as_json else text)
         if html is not None:
-            write_file(html, report.encode())
+            write_file(html, drawn.encode())
             click.echo(f"wrote {html}", err=as_json)
         return
     opened = open_bundle(bundle)
