@@ -124,8 +124,9 @@ def make_delta(base: Pack, result: Pack) -> bytes:
             first, out, rows = _splice(old, new)
             splices[name] = [first, out]
             # Sentences about one part are compared with one and the same feature.
-            again = np.flatnonzero((old == rows).all(tuple(range(1, old.ndim)))) if len(rows) == 1 and len(old) else []
-            if old.ndim > 1 and len(again):
+            once = len(rows) == 1 < old.ndim and len(old) > 0
+            again = np.flatnonzero((old == rows).all(tuple(range(1, old.ndim)))) if once else rows[:0]
+            if len(again):
                 splices[name].append(int(again[0]))
             else:
                 arrays[f"put.{name}"] = rows
@@ -294,14 +295,13 @@ def _merged(
     rows, numbers = arrays.get(name), arrays.get(name + IDS)
     if rows is None or numbers is None:
         _refuse("rows for a bank that the base has", repr(name))
+    kept, left = rows, numbers
     if deleted is not None:
         found = np.isin(numbers, deleted, assume_unique=True)
         if int(found.sum()) != len(deleted):
             absent = deleted[~np.isin(deleted, numbers)][0]
             _refuse(f"deleted ids that {name!r} has", f"{absent}, which it has not")
         kept, left = rows[~found], numbers[~found]
-    else:
-        kept, left = rows, numbers
     if added is not None and ids is not None:
         if added.dtype != rows.dtype or added.shape[1:] != rows.shape[1:]:
             _refuse(f"rows of {rows.dtype} {list(rows.shape[1:])} for {name!r}", f"{added.dtype} {list(added.shape)}")
@@ -396,6 +396,3 @@ def _refuse(wanted: str, got: str) -> NoReturn:
     raise KnowledgeError(
         wanted=f"a delta with {wanted}", got=got, next_step="Fetch the delta again, or the whole pack in its place."
     )
-
-
-__all__ = ["MAGIC", "Delta", "apply_delta", "is_delta", "make_delta", "read_delta"]

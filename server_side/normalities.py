@@ -268,3 +268,21 @@ def _unknown(text: str, known: Sequence[str]) -> NoReturn:
         got=repr(text),
         next_step=f"Did you mean {' or '.join(map(repr, near))}?" if near else "See: edgead normality list BUNDLE",
     )
+
+
+__all__ = [
+    "NORMAL",
+    "NORMALITY_TABLE",
+    "Change",
+    "KindChange",
+    "check_model",
+    "check_room",
+    "compare",
+    "current",
+    "normality_of",
+    "place_of",
+    "refuse_known",
+    "sentences",
+    "with_sentence",
+    "without_sentence",
+]
