@@ -15,13 +15,14 @@ BENCHMARKS = {
     "frame": ("frame", "a decoded camera frame to verdict, map and regions, stage by stage"),
     "update": ("update", "100 rows more for a running inspector: bytes, seconds, frames lost"),
     "footprint": ("footprint", "a bare environment: first score, peak memory, installed size"),
+    "language": ("language", "detectors with sentences by engine, and what lazy suppression saves"),
     "fit": ("fit", "fitting from 600 photographs: seconds by stage, peak memory"),
     "speed": ("speed_with_peer", "milliseconds beside a peer in one run (needs --peer-python)"),
     "parity": ("parity_with_peer", "the same maps and scores as a peer? (needs --peer-python)"),
     "winclip-parity": ("winclip_parity", "the same WinCLIP scores and maps as a peer? (needs --peer-python)"),
     "detection": ("detection", "how well defects are found, by backbone (needs --data)"),
 }
-ALONE = ("bank-search", "frame", "update", "footprint", "fit")
+ALONE = ("bank-search", "frame", "update", "footprint", "language", "fit")
 """Those that need neither a peer's environment nor data."""
 
 
