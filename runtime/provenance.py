@@ -11,7 +11,7 @@ beside a pack and is no part of it: cameras run without it, and a pack has the s
     14     ASCII "edgead/row/v1" and a NUL
     32     fingerprint of the feature space that the row lives in (weights, preprocessing, contract)
     32     SHA-256 of the source file; 32 zeros if it is not known
-    12     int32 tile, int32 x, int32 y: the patch, counted from the left and from the top in its tile's grid of patches.
+    12     int32 tile, int32 x, int32 y: the patch, counted from the left and the top of its tile's grid of patches.
            Tile -1: y is 0 and x the row in a file of rows; tile, x and y -1: not known
     8      uint64 id of the row
     3      ASCII "F16" or "F32"
@@ -137,7 +137,7 @@ class Provenance:
             _refuse(f"at most {MAX_IMAGES} source images", str(len(self.images)))
         for image in self.images:
             check_names(self.product, image.sha256)
-            if not image_name(image.name) == image.name or not image.name:
+            if image_name(image.name) != image.name or not image.name:
                 _refuse(f"names of images in form NFC, without folders, of 1 to {MAX_NAME} characters", image.name[:80])
         if any(one.sha256 >= other.sha256 for one, other in pairwise(self.images)):
             _refuse("source images in the order of their digests, each once", "another order")

@@ -6,14 +6,18 @@ same way, about the pack that the delta makes or the initial pack of the bundle.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
+from edgead.runtime.chain import write_knowledge
 from edgead.runtime.errors import InputError, KnowledgeError, PinError, storage_errors
-from edgead.runtime.files import write_file
+from edgead.runtime.files import refuse_existing, write_file
+from edgead.runtime.knowledge import Pack
 from edgead.runtime.pins import PIN_BYTES, Pin, decode_pin, encode_pin
 from edgead.runtime.provenance import (
     PROVENANCE_BYTES,
     Provenance,
+    check_provenance,
     decode_provenance,
     encode_provenance,
 )
@@ -92,3 +96,29 @@ def _read(path: Path, limit: int) -> bytes:
         raise InputError(wanted=f"a file at {path}", got="a folder or device", next_step="Name a file.")
     with storage_errors(path, "to read"), path.open("rb") as stream:
         return stream.read(limit + 1)
+
+
+def write_with_provenance(path: Path, base: Pack, result: Pack, provenance: Provenance, *, force: bool = False) -> int:
+    """Write a delta (`.delta`) or a whole pack, and beside it the record of its rows. An old pin there is removed.
+
+    Returns:
+        bytes of the delta or pack.
+
+    Raises:
+        KnowledgeError: the record is not that of `result`, or the change cannot be a delta.
+        OutputExistsError: one of the files exists and `force` is false.
+        StorageError: the file system refused.
+    """
+    check_provenance(result, provenance)
+    beside = provenance_path(path)
+    for place in (path, beside, pin_path(path)):
+        refuse_existing(place, force)
+    with storage_errors(path, "to replace what was signed"):
+        pin_path(path).unlink(missing_ok=True)
+    write_provenance(beside, provenance)
+    try:
+        return write_knowledge(path, base, result, force=force)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise

@@ -17,7 +17,7 @@ PROJECTED = 64
 
 
 def nearest_distance(patches: Rows, bank: Rows, chunk: int = 4096) -> Rows:
-    """Euclidean distance of each patch [n, D] to its nearest bank row [N, D], float32 [n]; infinite if there is none."""
+    """Euclidean distance of each patch [n, D] to its nearest row [N, D], float32 [n]; infinite if there is none."""
     if not len(bank):
         return np.full(len(patches), np.inf, np.float32)
     half = (bank * bank).sum(1) / 2

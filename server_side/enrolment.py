@@ -201,7 +201,9 @@ def with_rows(pack: Pack, rows: Mapping[str, NDArray[Any]], first_id: int) -> di
     for bank in sorted(rows):
         added = rows[bank]
         ids = np.arange(first_id, first_id + len(added), dtype=np.uint64)
-        arrays[bank] = np.concatenate([pack.arrays[bank], np.asarray(added, pack.arrays[bank].dtype)])
+        dtype = pack.arrays[bank].dtype
+        # In 16 bits a small negative number is -0.0, which packs do not have.
+        arrays[bank] = np.concatenate([pack.arrays[bank], np.asarray(added, dtype) + dtype.type(0)])
         arrays[bank + IDS] = np.concatenate([pack.ids(bank), ids])
         first_id += len(added)
     return arrays

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edgead.runtime.errors import EdgeadError, ImageError, InputError, StorageError
 from edgead.runtime.image import Frame, read_image
 from edgead.runtime.progress import Progress
@@ -47,6 +49,27 @@ def read_photograph(path: Path) -> Frame:
             got=error.got,
             next_step="Replace it, or leave unreadable pictures out, each named with its reason: --skip-unreadable.",
         ) from error
+
+
+def defect_mask(mask: Frame, path: Path, image: Path, frame: Frame) -> Frame:
+    """Where the defect of a picture is, as uint8 RGB [H, W, 3] of 0 and 255: what is brighter than half of the
+    mask's brightest pixel.
+
+    Args:
+        mask: as read from `path`.
+        frame: the picture, as read from `image`.
+
+    Raises:
+        InputError: the mask marks nothing, or has another size than the picture.
+    """
+    if mask.shape != frame.shape or not mask.any():
+        size = f"{mask.shape[1]} x {mask.shape[0]}" if mask.any() else "a black picture"
+        raise InputError(
+            wanted=f"a mask of {frame.shape[1]} x {frame.shape[0]} pixels for {image}",
+            got=f"{size} in {path}",
+            next_step="Draw the mask on the picture itself.",
+        )
+    return np.where(mask > mask.max() / 2, np.uint8(255), np.uint8(0))
 
 
 def enough(paths: Sequence[Path], left_out: Sequence[LeftOut] = ()) -> None:

@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "normality": ("edgead.server_side.normality_cli:normality", "Teach a bundle what is normal by a sentence."),
     "ota": ("edgead.server_side.ota.cli:ota", "Publish signed updates for a fleet of cameras."),
+    "knowledge": ("edgead.server_side.knowledge_cli:knowledge", "See, change, sign and trace memory banks."),
     "backbone": ("edgead.server_side.backbones.cli:backbone", "Show or distil the embedded backbone."),
 }
 """Name -> where the command lives, and its line in the help. Nothing is imported until one is called."""
@@ -40,6 +41,7 @@ _EXTRA_OF = {
     "onnx": "export",
     "onnxscript": "export",
     "sklearn": "export",
+    "scipy": "export",
     "openvino": "openvino",
     "timm": "server",
     "open_clip": "server",
