@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
@@ -199,8 +200,6 @@ def verify_pin(
 
 def key_name(public: bytes) -> str:
     """The name that a key has if nobody gave it one: the first 16 hex digits of the SHA-256 of its 32 bytes."""
-    import hashlib
-
     return hashlib.sha256(public).hexdigest()[:16]
 
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgead.runtime.errors import EdgeadError, InputError, KnowledgeError, PinError
-from edgead.runtime.knowledge import Pack, new_pack
+from edgead.runtime.knowledge import Pack, decode_pack, encode_pack, new_pack
 from edgead.runtime.pins import (
     DOMAIN,
     Pin,
@@ -196,6 +196,15 @@ def test_rows_that_no_pack_can_have_have_no_leaf(bad: float) -> None:
     places, sources = np.zeros((3, 3), np.int32), np.zeros((3, 32), np.uint8)
     with pytest.raises(KnowledgeError):
         leaf_digests(rows, np.arange(3, dtype=np.uint64), sources, places, FINGERPRINT)
+
+
+@pytest.mark.parametrize("word", [0x80000000, 0x7FC00000, 0x7F800000])
+def test_a_pack_whose_zero_became_minus_zero_or_no_number_is_not_even_read(word: int) -> None:
+    # +0.0 and -0.0 are equal and have other bits: a pin must not hold for both.
+    data = encode_pack(a_pack())
+    where = data.index(ROWS.tobytes()) + 8  # the 0.0 that begins the second row
+    with pytest.raises(KnowledgeError):
+        decode_pack(data[:where] + word.to_bytes(4, "little") + data[where + 4 :])
 
 
 @pytest.mark.parametrize(
