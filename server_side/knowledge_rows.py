@@ -68,16 +68,16 @@ def banks_of(detector: DetectorSpec, *, anomalous: bool, wanted: str | None = No
 
 
 def feature_of(detector: DetectorSpec, bank: str) -> str:
-    """The trunk's output whose patches are the rows of a bank.
+    """The trunk's output whose patches are the rows of a bank: the only one of its dimension, or the only one of
+    those that ends with the same word (`windows.2` and `bank.normal.2`).
 
     Raises:
         InputError: the detector does not tell.
     """
     port = next(port for port in detector.knowledge if port.name == bank)
     fits = [item.name for item in detector.features if len(item.shape) == 3 and item.shape[2] == port.shape[1]]
-    named = [name for name in fits if bank == f"bank.{name}"]
     last = [name for name in fits if name.rpartition(".")[2] == bank.rpartition(".")[2]]
-    for found in (named, fits, last):
+    for found in (fits, last):
         if len(found) == 1:
             return found[0]
     raise InputError(
