@@ -81,9 +81,9 @@ def publish(
             else:
                 pack = room.read_knowledge(repository, path)
                 done.append(room.publish_pack(repository, pack, calibrated=calibrated))
-        put = [item for one in done for item in one.files]
-        if put:
-            repository.commit(keyring)
+            if done[-1].files:
+                repository.commit(keyring)
+    put = [item for one in done for item in one.files]
     skipped = [reason for one in done for reason in one.skipped]
     content = {
         "files": [{"path": path, "bytes": size} for path, size in put],

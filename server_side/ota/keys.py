@@ -34,6 +34,7 @@ _SCHEMA = 1
 _LEAST = 8
 """Characters of a passphrase, at least."""
 _KEYRING_BYTES = 2**20
+_PROBE = b"edgead: does this key sign?"
 
 Secrets = Callable[[str], Sequence[str]]
 """Called with what a passphrase is for; gives the passphrases to try, in their order."""
@@ -154,13 +155,18 @@ class Keyring:
         with storage_errors(public, "to read a public key"):
             data = public.read_bytes()
         try:
-            whole = SSlibKey.from_crypto(load_pem_public_key(data))  # type: ignore[arg-type]
+            whole = SSlibKey.from_crypto(load_pem_public_key(data))
         except (ValueError, TypeError) as error:
             raise InputError(
                 wanted=f"a public key as PEM in {public}", got=str(error), next_step="Export it from where the key is."
             ) from error
         record = KeyRecord(_short(whole), role, uri, self.folders[0])
-        signer = self._open(record)
+        signer = self._opened[record.key.keyid] = self._unlocked(record)
+        try:
+            record.key.verify_signature(signer.sign(_PROBE), _PROBE)
+        # Every signer has errors of its own, and many of them show at the first signature only.
+        except Exception as error:
+            raise _unusable(record, error) from error
         self._add(record)
         return signer
 
@@ -205,12 +211,7 @@ class Keyring:
             return Signer.from_priv_key_uri(record.uri, record.key, lambda name: (*self._secrets(name), "")[0])
         # Every signer has errors of its own: a missing library, a network, a card that is not in its reader.
         except Exception as error:
-            scheme = record.uri.partition(":")[0]
-            raise InputError(
-                wanted=f"a signer for the key {record.key.keyid} of the role {record.role}",
-                got=f"{type(error).__name__} from the scheme {scheme!r}",
-                next_step="Check the URI, and that the package of that signer is installed.",
-            ) from error
+            raise _unusable(record, error) from error
 
 
 def _read(folder: Path) -> list[KeyRecord]:
@@ -234,6 +235,14 @@ def _read(folder: Path) -> list[KeyRecord]:
             wanted=f"a keyring in {path}", got="something else, or one of a newer edgead", next_step="Restore the file."
         ) from error
     return found
+
+
+def _unusable(record: KeyRecord, error: Exception) -> InputError:
+    return InputError(
+        wanted=f"a signer for the key {record.key.keyid} of the role {record.role}",
+        got=f"{type(error).__name__} from the scheme {record.uri.partition(':')[0]!r}",
+        next_step="Check the URI, the public key, and that the package of that signer is installed.",
+    )
 
 
 def _short(key: SSlibKey) -> SSlibKey:

@@ -117,7 +117,15 @@ def _choose_engine(engines: Mapping[str, Bundle], pack: Pack, prefix: str | None
     ]
     if before and before[-1].engine in fitting:
         return before[-1].engine
-    return resolve("", fitting, "published engine that fits the pack; name it with --engine")
+    own = [digest for digest in fitting if pack.product in engines[digest].products]
+    choice = own or fitting
+    if len(choice) == 1:
+        return choice[0]
+    raise InputError(
+        wanted=f"--engine with the beginning of a digest, as {len(choice)} published engines fit the pack",
+        got=", ".join(digest[:_SHOWN] for digest in choice) or "none that fits",
+        next_step="Name the one to release." if choice else "Publish its bundle.",
+    )
 
 
 def _test(bundle: Bundle, found: Mapping[str, Inspection], now_normal: Sequence[str]) -> tuple[str, ...]:
@@ -153,7 +161,11 @@ def _tolerance(bundle: Bundle, found: Mapping[str, Inspection]) -> float:
     shares = [record.tolerance.score if record.tolerance else _ROOM for record in bundle.manifest.engines]
     scores = [item.score for item in found.values() if item.score is not None]
     maps = [item.anomaly_map for item in found.values() if item.anomaly_map is not None]
-    values = np.concatenate([np.float32(scores), *(one.ravel() for one in maps)]) if scores else np.zeros(1, np.float32)
+    values = (
+        np.concatenate([np.array(scores, np.float32), *(one.ravel() for one in maps)])
+        if scores
+        else np.zeros(1, np.float32)
+    )
     # Both this machine and the device may be off by that much.
     return 2.0 * max(*shares, _ROUNDING) * float(np.abs(values).max())
 

@@ -66,7 +66,7 @@ class Repository:
         self._disk = disk
         self._delegated: dict[str, Metadata[Targets]] = {}
         self._dirty: dict[str, None] = {}
-        self._files: list[tuple[str, Iterable[bytes]]] = []
+        self._files: dict[str, Iterable[bytes]] = {}
         self._settings_changed = False
 
     @property
@@ -144,7 +144,9 @@ class Repository:
         entry = self.find(path)
         if entry is None:
             raise _forged(f"the target {path}", "none of that name")
-        place = self.file(path, entry)
+        place, pending = self.file(path, entry), self._files.get(path)
+        if isinstance(pending, tuple):
+            return b"".join(pending)
         with storage_errors(place, "to read a target"):
             data = self._disk.read(place, entry.length + 1)
         if len(data) != entry.length or hashlib.sha256(data).hexdigest() != entry.hashes["sha256"]:
@@ -159,11 +161,12 @@ class Repository:
         """Put a target whose content is too large to be held in memory."""
         entry = TargetFile(length, {"sha256": sha256}, path)
         self.edit(self.layout.role_of(path)).targets[path] = entry
-        self._files.append((path, chunks))
+        self._files[path] = chunks
 
     def drop(self, path: str) -> None:
         """Take a target out of the metadata. Its file stays, for devices that are about to fetch it."""
         del self.edit(self.layout.role_of(path)).targets[path]
+        self._files.pop(path, None)
 
     def commit(self, keyring: Keyring, *, also: Mapping[str, Sequence[Signer]] | None = None) -> None:
         """Sign what was changed, and write it.
@@ -185,7 +188,7 @@ class Repository:
         sealed.append(self._sealed("snapshot", self.snapshot, keyring, also))
         self.timestamp.signed.snapshot_meta = MetaFile(self.snapshot.signed.version)
         last = self._stamped(keyring, also)
-        for path, chunks in self._files:
+        for path, chunks in self._files.items():
             entry = self.role(self.layout.role_of(path)).signed.targets[path]
             self._put(self.file(path, entry), chunks)
         if self._settings_changed:
@@ -193,7 +196,7 @@ class Repository:
         for name, data in sealed:
             self._put(self.folder / "metadata" / name, (data,))
         self._put(self.folder / "metadata" / "timestamp.json", (last,))
-        self._dirty, self._files, self._settings_changed = {}, [], False
+        self._dirty, self._files, self._settings_changed = {}, {}, False
 
     def stamp(self, keyring: Keyring) -> None:
         """Sign and write the timestamp alone.
@@ -294,7 +297,12 @@ class Repository:
 
 @contextlib.contextmanager
 def opened(
-    folder: Path, trusted: bytes | None, *, disk: Disk | None = None, clock: Clock = utc_now
+    folder: Path,
+    trusted: bytes | None,
+    *,
+    disk: Disk | None = None,
+    clock: Clock = utc_now,
+    wait_s: float = _LOCK_SECONDS,
 ) -> Iterator[Repository]:
     """A repository that nobody else changes while the block runs.
 
@@ -303,6 +311,7 @@ def opened(
         trusted: a root to begin from; None for the repository's own first one, to look only.
         disk: the file system.
         clock: what time it is.
+        wait_s: how long to wait for another publisher to end.
 
     Raises:
         InputError: no repository, or one that was tampered with.
@@ -316,7 +325,7 @@ def opened(
             got=f"a folder without {SETTINGS}" if folder.is_dir() else "no such folder",
             next_step="Make one with: edgead ota init FOLDER --product NAME --keys DIR",
         )
-    with locked(disk, folder / ".lock", _LOCK_SECONDS, "to publish"):
+    with locked(disk, folder / ".lock", wait_s, "to publish"):
         repository = Repository(folder, _settings(disk, folder), disk, clock)
         with storage_errors(folder, "to clean up after an interrupted publisher"):
             for name in disk.names(folder / "metadata"):

@@ -78,18 +78,19 @@ class Layout:
         if kind == "engines":
             return kind
         product = rest.removesuffix(".json") if kind == "rollout" else rest.partition("/")[0]
-        if kind not in BY_PRODUCT or product not in self.settings.products:
-            raise InputError(
-                wanted=f"a product of this repository ({', '.join(self.settings.products) or 'none yet'})",
-                got=repr(product[:200]),
-                next_step="Add it with: edgead ota add-product",
-            )
+        self._check(product)
         return self._succinct(kind, [], 1).get_role_for_target(path) if self.settings.bins else f"{kind}.{product}"
 
     def roles(self, kind: str, product: str | None = None) -> list[str]:
-        """All roles of a kind that hold targets; those in which a product's may be."""
+        """All roles of a kind that hold targets; those in which a product's may be.
+
+        Raises:
+            InputError: the repository has no such product.
+        """
         if kind == "engines":
             return [kind]
+        if product is not None:
+            self._check(product)
         if self.settings.bins:
             return list(self._succinct(kind, [], 1).get_roles())
         return [f"{kind}.{name}" for name in self.settings.products if product in (None, name)]
@@ -127,6 +128,14 @@ class Layout:
         """All delegated roles."""
         kinds = list(KINDS) if self.settings.bins else []
         return list(dict.fromkeys([*kinds, *(role for kind in KINDS for role in self.roles(kind))]))
+
+    def _check(self, product: str) -> None:
+        if product not in self.settings.products:
+            raise InputError(
+                wanted=f"a product of this repository ({', '.join(self.settings.products) or 'none yet'})",
+                got=repr(product[:200]),
+                next_step="Add it with: edgead ota add-product",
+            )
 
     def _patterns(self) -> Iterator[tuple[str, str, str]]:
         """Role, kind, and pattern of target paths that it signs."""

@@ -18,7 +18,7 @@ from edgead.runtime.errors import StorageError
 
 _SERVED = ("metadata", "targets")
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)\Z")
-_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*\Z")
+_PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,254}\Z")
 _IDLE_SECONDS = 30.0
 
 

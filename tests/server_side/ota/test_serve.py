@@ -1,0 +1,96 @@
+"""The static server for trials: ranges, tags, and nothing but the repository."""
+
+from __future__ import annotations
+
+import http.client
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgead.runtime.errors import StorageError
+from edgead.server_side.ota.serve import RepositoryServer
+
+
+def ask(server: Any, path: str, method: str = "GET", **headers: str) -> tuple[int, bytes, dict[str, str]]:
+    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=10)
+    try:
+        connection.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
+        answer = connection.getresponse()
+        return answer.status, answer.read(), dict(answer.getheaders())
+    finally:
+        connection.close()
+
+
+def engine_of(place: Any) -> tuple[str, bytes]:
+    path = next((place.folder / "targets" / "engines").iterdir())
+    return f"/targets/engines/{path.name}", path.read_bytes()
+
+
+def test_a_file_comes_whole_with_its_length_and_tag(place: Any, server: Any) -> None:
+    path, data = engine_of(place)
+    status, body, headers = ask(server, path)
+    assert (status, body) == (200, data)
+    assert int(headers["Content-Length"]) == len(data)
+    assert "immutable" in headers["Cache-Control"]
+    assert ask(server, "/metadata/timestamp.json")[2]["Cache-Control"] == "no-cache"
+    status, body, again = ask(server, path, "HEAD")
+    assert (status, body, again["ETag"]) == (200, b"", headers["ETag"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "first", "end"),
+    [("bytes=0-9", 0, 10), ("bytes=100-", 100, None), ("bytes=-7", -7, None), ("bytes=5-999999", 5, None)],
+)
+def test_a_range_is_that_part_of_the_file(place: Any, server: Any, asked: str, first: int, end: int | None) -> None:
+    path, data = engine_of(place)
+    status, body, headers = ask(server, path, Range=asked)
+    assert (status, body) == (206, data[first:end])
+    assert headers["Content-Range"].endswith(f"/{len(data)}")
+
+
+@pytest.mark.parametrize("asked", ["bytes=999999-", "bytes=9-5", "bytes=-0"])
+def test_a_range_outside_of_the_file_is_416(place: Any, server: Any, asked: str) -> None:
+    path, data = engine_of(place)
+    status, _, headers = ask(server, path, Range=asked)
+    assert (status, headers["Content-Range"]) == (416, f"bytes */{len(data)}")
+
+
+@pytest.mark.parametrize("asked", ["bytes=-", "lines=1-2", "bytes=1-2,4-5", "bytes=a-b"])
+def test_a_range_of_another_kind_is_ignored(place: Any, server: Any, asked: str) -> None:
+    path, data = engine_of(place)
+    assert ask(server, path, Range=asked)[:2] == (200, data)
+
+
+def test_a_resumed_download_of_a_changed_file_starts_again(place: Any, server: Any) -> None:
+    path, data = engine_of(place)
+    tag = ask(server, path, "HEAD")[2]["ETag"]
+    assert ask(server, path, Range="bytes=10-", If_Range=tag)[:2] == (206, data[10:])
+    assert ask(server, path, Range="bytes=10-", If_Range='"other"')[:2] == (200, data)
+    assert ask(server, path, If_None_Match=tag)[:2] == (304, b"")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/",
+        "/publisher.json",
+        "/.lock",
+        "/metadata",
+        "/metadata/",
+        "/metadata/../publisher.json",
+        "/metadata/%2e%2e/publisher.json",
+        "/targets/..%2fpublisher.json",
+        "//etc/passwd",
+        "/targets/%00",
+        "/metadata/.timestamp.json.part",
+        "/metadata/" + "a" * 3000,
+    ],
+)
+def test_nothing_else_is_served(server: Any, path: str) -> None:
+    assert ask(server, path)[:2] == (404, b"")
+
+
+def test_a_port_that_is_taken_is_a_clear_error(server: Any, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="listen"):
+        RepositoryServer(tmp_path, port=server.server_port)
