@@ -102,16 +102,16 @@ class BankBuilder:
         self._pool_sources: list[NDArray[np.int64]] = []
         self._chunks = 0
 
-    def add(self, rows: NDArray[np.float32], source: int) -> None:
-        """Take the rows [P, D] of one image; `source` numbers the image."""
+    def add(self, rows: NDArray[np.float32], source: int | NDArray[np.int64]) -> None:
+        """Take the rows [P, D] of one image; `source` numbers the image, or each row of it [P]."""
         self._chunk.append(np.asarray(rows, np.float32))
-        self._chunk_sources.append(np.full(len(rows), source, np.int64))
+        self._chunk_sources.append(np.broadcast_to(np.asarray(source, np.int64), len(rows)))
         self._chunk_length += len(rows)
         if self._chunk_length >= self.chunk_rows:
             self._reduce()
 
     def build(self, label: str = "coreset") -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """The bank: rows float32 [N, D], and for each the number of its image, int64 [N].
+        """The bank: rows float32 [N, D], and for each the number that it came with, int64 [N].
 
         Raises:
             InputError: no rows were added.

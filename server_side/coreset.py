@@ -67,19 +67,26 @@ def farthest_first(
     return np.array(taken, np.int64)
 
 
-def coreset(rows: Rows, size: int, *, seed: int = 0, progress: Progress | None = None) -> NDArray[np.int64]:
-    """Indices of the greedy coreset of `size` rows, in the order of the rows: int64 [min(size, n)].
+def coreset_order(rows: Rows, size: int, *, seed: int = 0, progress: Progress | None = None) -> NDArray[np.int64]:
+    """Indices of the greedy coreset in the order in which they are taken: its first k are the coreset of k rows.
 
     Distances are compared after a Gaussian random projection to `PROJECTED` dimensions; the rows stay as they are.
+
+    Args:
+        rows: float32 [n, D].
+        size: how many to take.
+        seed: of the projection.
+        progress: advanced by one for each row taken.
+
+    Returns:
+        int64 [min(size, n)].
     """
-    if size >= len(rows):
-        return np.arange(len(rows))
     points = np.asarray(rows, np.float32)
     if points.shape[1] > PROJECTED:
         matrix = np.random.default_rng(seed).standard_normal((points.shape[1], PROJECTED), np.float32)
         points = points @ (matrix / np.float32(PROJECTED**0.5))
-    taken = farthest_first(points, size, within=0.0, progress=progress)
+    taken = farthest_first(points, size, progress=progress)
     if len(taken) < size:  # rows that are alike fill what is left, so that the size is the one that was asked for
         rest = np.setdiff1d(np.arange(len(rows)), taken)
         taken = np.concatenate([taken, rest[: size - len(taken)]])
-    return np.sort(taken)
+    return taken

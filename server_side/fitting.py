@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from edgead import __version__
 from edgead.detector_file import FittedDetector, detector_spec, read_detector, write_detector
-from edgead.runtime.errors import InputError
 from edgead.runtime.files import refuse_existing
 from edgead.runtime.image import list_images, prepare, tile_count
 from edgead.runtime.knowledge import Pack, new_pack
 from edgead.runtime.progress import Progress
+from edgead.runtime.provenance import Provenance
+from edgead.runtime.provenance_file import provenance_path, write_provenance
 from edgead.runtime.spec import Calibration, DetectorSpec, Preprocessing
 from edgead.server_side.backbones import load_backbone
 from edgead.server_side.banks import BankBuilder, greedy_coreset
@@ -36,11 +37,13 @@ from edgead.server_side.detectors.memory_bank import (
 from edgead.server_side.painting import paint_defect
 from edgead.server_side.photographs import (
     LeftOut,
+    defect_mask,
     enough,
     leave_out_unreadable,
     left_out_facts,
     read_photograph,
 )
+from edgead.server_side.sources import Origins, patch_places, provenance_of, source_image
 
 HOLD_OUT_FROM = 25
 """From so many images on a fifth is held out for calibration; below, each image is held out in its turn."""
@@ -85,7 +88,7 @@ class FitOptions:
 
 @dataclass(frozen=True, eq=False)
 class Learned:
-    """A detector that was fitted and not yet written: what `write_detector` takes."""
+    """A detector that was fitted and not yet written: what `write_detector` takes, and where the rows are from."""
 
     trunk: MemoryBankTrunk
     head: MemoryBankHead
@@ -93,6 +96,7 @@ class Learned:
     pack: Pack
     golden: NDArray[np.uint8]
     card: dict[str, Any]
+    provenance: Provenance
 
 
 def fit_memory_bank(
@@ -103,7 +107,7 @@ def fit_memory_bank(
     anomalous: Sequence[tuple[Path, Path | None]] = (),
     force: bool = False,
 ) -> FittedDetector:
-    """Fit PatchCore's method on photographs of good parts and write the fitted-detector file.
+    """Fit PatchCore's method on photographs of good parts and write the fitted-detector file, and its provenance.
 
     Args:
         normal, options, anomalous: see `learn_memory_bank`.
@@ -127,6 +131,7 @@ def fit_memory_bank(
         card=learned.card,
         force=force,
     )
+    write_provenance(provenance_path(output), learned.provenance)
     return read_detector(output)
 
 
@@ -165,13 +170,14 @@ def learn_memory_bank(
 
     for image_path, mask_path in anomalous:
         if mask_path is not None:  # a mistake there is better told before minutes of work
-            _mask(mask_path, image_path, read_photograph(image_path))
-    bank, sources = work.bank(bank_paths)
+            defect_mask(read_photograph(mask_path), mask_path, image_path, read_photograph(image_path))
+    bank, patches = work.bank(bank_paths)
+    sources = patches // work.frame_patches
     left_out = None if held else sources
     known = 0.0
     if any(mask is None for _, mask in anomalous):
         known = work.farthest(calibration_paths, bank, left_out)
-    defects = work.anomalous_rows(anomalous, bank, known)
+    defects, defect_patches = work.anomalous_rows(anomalous, bank, known)
     scored, scores, maxima = work.held_out(calibration_paths, bank, defects, left_out)
     calibration = calibrate(scores, maxima, false_alarm_rate=chosen.false_alarm_rate)
     pack = new_pack(
@@ -184,12 +190,23 @@ def learn_memory_bank(
             "anomalous.weight": np.ones(1, np.float32),
         },
     )
+    provenance = provenance_of(
+        pack,
+        fingerprint=work.spec.fingerprint,
+        made={
+            "bank.normal": (pack.ids("bank.normal"), work.origins(bank_paths, patches)),
+            "bank.anomalous": (
+                pack.ids("bank.anomalous"),
+                work.origins([image for image, _ in anomalous], defect_patches),
+            ),
+        },
+    )
     golden = work.golden(calibration_paths)
     card = work.card(paths, bank, defects, calibration, held, unreadable)
     # One bad part among the good ones raises the threshold; these are the first to look at.
     highest = np.argsort(-scores, kind="stable")[:UNUSUAL]
     card["most_unusual"] = [{"image": scored[i].name, "score": float(scores[i])} for i in highest]
-    return Learned(work.trunk, work.head, work.spec, pack, golden, card)
+    return Learned(work.trunk, work.head, work.spec, pack, golden, card, provenance)
 
 
 class _Work:
@@ -204,7 +221,7 @@ class _Work:
         self.trunk = MemoryBankTrunk(backbone).eval()
         grid, dimensions = patch_grid(self.trunk, size)
         self.dimensions = dimensions
-        self.patches = grid[0] * grid[1]
+        self.frame_patches = grid[0] * grid[1] * tile_count(size)
         self.head = MemoryBankHead(
             grid,
             (size.height, size.width),
@@ -227,26 +244,35 @@ class _Work:
             prepared = torch.from_numpy(prepare(frame, self.options.preprocessing))
             return np.asarray(self.trunk(prepared).numpy())
 
+    def origins(self, paths: Sequence[Path], patches: NDArray[np.int64]) -> Origins:
+        """Where rows are from, by the numbers of their patches: those of one frame after the other."""
+        index, inner = np.divmod(patches, self.frame_patches)
+        places = patch_places(tile_count(self.options.preprocessing), self.head.grid)
+        return Origins([source_image(path) for path in paths], index, places[inner])
+
     def bank(self, paths: Sequence[Path]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        expected = len(paths) * self.patches * tile_count(self.options.preprocessing)
+        """The normal rows, float32 [N, D], and the numbers of their patches: see `origins`."""
+        expected = len(paths) * self.frame_patches
         rows = self.options.rows or min(MOST_ROWS, max(FEWEST_ROWS, expected // 100))
         rows = max(rows, self.options.neighbours)
         builder = BankBuilder(rows, expected, seed=self.options.seed)
         with Progress("reading normal images", len(paths)) as progress:
             for place, path in enumerate(progress.track(paths)):
-                builder.add(self.embed(read_photograph(path)).reshape(-1, self.dimensions), place)
-        bank, sources = builder.build()
+                numbers = place * self.frame_patches + np.arange(self.frame_patches)
+                builder.add(self.embed(read_photograph(path)).reshape(-1, self.dimensions), numbers)
+        bank, patches = builder.build()
         # Rows in the order of their images: neighbours in the file are neighbours in the world, which
         # compresses better and makes the pack independent of the order of selection.
-        order = np.argsort(sources, kind="stable")
-        return bank[order], sources[order]
+        order = np.argsort(patches // self.frame_patches, kind="stable")
+        return bank[order], patches[order]
 
     def anomalous_rows(
         self, samples: Sequence[tuple[Path, Path | None]], bank: NDArray[np.float32], known: float
-    ) -> NDArray[np.float32]:
-        """Patches of defects, float32 [M, D]: those under a mask, or farther than `known` from the bank."""
-        found = [np.zeros((0, self.dimensions), np.float32)]
-        for image_path, mask_path in samples:
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Patches of defects, float32 [M, D]: those under a mask, or farther than `known` from the bank; and their
+        numbers, see `origins`."""
+        found, numbers = [np.zeros((0, self.dimensions), np.float32)], [np.zeros(0, np.int64)]
+        for place, (image_path, mask_path) in enumerate(samples):
             frame = read_photograph(image_path)
             rows = self.embed(frame)
             if mask_path is None:
@@ -254,16 +280,19 @@ class _Work:
                 share = self.distances(rows, bank)
                 inside = share > known
             else:
-                mask = prepare(_mask(mask_path, image_path, frame), self.options.preprocessing)[..., 0]
+                marked = defect_mask(read_photograph(mask_path), mask_path, image_path, frame)
+                mask = prepare(marked, self.options.preprocessing)[..., 0]
                 share = _patch_share(mask.astype(np.float32) / 255.0, self.head.grid)
                 inside = share >= 0.5
             if not inside.any():  # a defect smaller than half a patch, or one that looks normal
                 inside = share == share.max()
             found.append(rows[inside])
-        rows = np.concatenate(found)
+            numbers.append(place * self.frame_patches + np.flatnonzero(inside))
+        rows, patches = np.concatenate(found), np.concatenate(numbers)
         if len(rows) > MOST_ANOMALOUS_ROWS:
-            rows = rows[np.sort(greedy_coreset(rows, MOST_ANOMALOUS_ROWS, seed=self.options.seed))]
-        return rows
+            chosen = np.sort(greedy_coreset(rows, MOST_ANOMALOUS_ROWS, seed=self.options.seed))
+            rows, patches = rows[chosen], patches[chosen]
+        return rows, patches
 
     def distances(self, patches: NDArray[np.float32], bank: NDArray[np.float32]) -> NDArray[np.float32]:
         """Distance of each patch [T, P, D] to its nearest bank row: [T, P]."""
@@ -363,19 +392,6 @@ class _Work:
                 "python": platform.python_version(),
             },
         }
-
-
-def _mask(path: Path, image: Path, frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A mask as uint8 RGB [H, W, 3] of 0 and 255: what is brighter than half of its brightest pixel."""
-    mask = read_photograph(path)
-    if mask.shape != frame.shape or not mask.any():
-        size = f"{mask.shape[1]} x {mask.shape[0]}" if mask.any() else "a black picture"
-        raise InputError(
-            wanted=f"a mask of {frame.shape[1]} x {frame.shape[0]} pixels for {image}",
-            got=f"{size} in {path}",
-            next_step="Draw the mask on the picture itself.",
-        )
-    return np.where(mask > mask.max() / 2, np.uint8(255), np.uint8(0))
 
 
 def _patch_share(mask: NDArray[np.float32], grid: tuple[int, int]) -> NDArray[np.float32]:

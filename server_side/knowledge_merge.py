@@ -14,7 +14,7 @@ from edgead.runtime.knowledge import IDS, Pack, encode_pack
 from edgead.runtime.progress import Progress
 from edgead.runtime.provenance import Provenance
 from edgead.runtime.spec import Calibration
-from edgead.server_side.coreset import coreset
+from edgead.server_side.coreset import coreset_order
 from edgead.server_side.enrolment import next_id
 from edgead.server_side.knowledge_rows import Judge
 from edgead.server_side.knowledge_tools import BankChange, State, changed
@@ -45,8 +45,8 @@ class Caps:
 def merge_packs(state: State, judge: Judge, other: Pack, records: Sequence[Provenance], caps: Caps) -> BankChange:
     """Add the rows of another pack of the same feature space, and make the banks smaller where they cost too much.
 
-    A row that both have under one id stays once; another row under an id that is taken gets a new one. Knowledge that
-    is no bank stays that of `state`. Banks over a cap are represented by their coreset; ids stay.
+    A row that both have under one id stays once; another row under an id that was ever used here gets a new one.
+    Knowledge that is no bank stays that of `state`. Banks over a cap are represented by their coreset; ids stay.
 
     Raises:
         KnowledgeError: a pack of another feature space or with other banks.
@@ -60,6 +60,14 @@ def merge_packs(state: State, judge: Judge, other: Pack, records: Sequence[Prove
             got=f"one of {other.fingerprint[:12]} with {', '.join(other.banks) or 'none'}",
             next_step="Merge packs that were made for the same detector.",
         )
+    for bank in pack.banks:  # a row is never computed again, and so not converted either
+        ours, theirs = pack.arrays[bank], other.arrays[bank]
+        if (ours.dtype, ours.shape[1]) != (theirs.dtype, theirs.shape[1]):
+            raise KnowledgeError(
+                wanted=f"rows of {ours.dtype} and {ours.shape[1]} dimensions in {bank!r}",
+                got=f"{theirs.dtype} and {theirs.shape[1]}",
+                next_step="Merge packs that were made for the same detector.",
+            )
     arrays: dict[str, NDArray[Any]] = dict(pack.arrays)
     origins = provenance_of(other, fingerprint=state.fingerprint, before=records)
     fresh = max(state.next_id, next_id(other), *(record.next_id for record in (*records, *state.records, origins)))
@@ -67,14 +75,13 @@ def merge_packs(state: State, judge: Judge, other: Pack, records: Sequence[Prove
     renumbered = 0
     for bank in pack.banks:
         rows, ids = pack.arrays[bank], pack.ids(bank)
-        theirs, numbers = other.arrays[bank].astype(rows.dtype, copy=False), other.ids(bank).copy()
+        theirs, numbers = other.arrays[bank], other.ids(bank).copy()
         taken = {int(number): row for row, number in enumerate(ids)}
-        used = {int(number) for name in pack.banks if name != bank for number in pack.ids(name)}
         keep = np.ones(len(numbers), np.bool_)
         for row, number in enumerate(map(int, other.ids(bank))):
             if number in taken and theirs[row].tobytes() == rows[taken[number]].tobytes():
                 keep[row] = False
-            elif number in taken or number in used:
+            elif number < state.next_id:  # it stands, or stood, for another row
                 numbers[row] = fresh
                 fresh += 1
                 renumbered += 1
@@ -98,7 +105,7 @@ def merge_packs(state: State, judge: Judge, other: Pack, records: Sequence[Prove
     if differing:
         notes.append(f"kept as the first pack has it: {', '.join(differing)}")
     together = Pack(pack.product, pack.fingerprint, pack.calibration, arrays)
-    small = _capped(together, caps, judge.milliseconds)
+    small = capped(together, caps, judge.milliseconds)
     for bank in pack.banks:
         if len(small.ids(bank)) < len(arrays[bank]):
             notes.append(f"{bank}: a coreset of {len(small.ids(bank))} of {len(arrays[bank])} rows")
@@ -108,7 +115,7 @@ def merge_packs(state: State, judge: Judge, other: Pack, records: Sequence[Prove
     return changed(state, judge, small.arrays, made=made, notes=notes, first_id=fresh)
 
 
-def _capped(pack: Pack, caps: Caps, milliseconds: Callable[[Pack], float]) -> Pack:
+def capped(pack: Pack, caps: Caps, milliseconds: Callable[[Pack], float]) -> Pack:
     """The pack with its banks within the caps."""
     if caps.rows is not None:
         pack = _shrunk(pack, {bank: min(caps.rows, len(pack.ids(bank))) for bank in pack.banks})
@@ -116,13 +123,16 @@ def _capped(pack: Pack, caps: Caps, milliseconds: Callable[[Pack], float]) -> Pa
         pack = _within_bytes(pack, caps.size)
     if caps.milliseconds is None or (now := milliseconds(pack)) <= caps.milliseconds:
         return pack
+    orders = {bank: _order(bank, pack.arrays[bank], len(pack.ids(bank))) for bank in pack.banks}
     low, high = 0.0, 1.0
     with Progress("searching rows within the time", _SEARCH_STEPS) as progress:
         for _ in progress.track(range(_SEARCH_STEPS)):
             middle = (low + high) / 2
-            fits = milliseconds(_shrunk(pack, _shares(pack, middle, "rows", "none"))) <= caps.milliseconds
+            sizes = _shares(pack, middle, "rows", "none")
+            fits = milliseconds(_shrunk(pack, sizes, orders)) <= caps.milliseconds
             low, high = (middle, high) if fits else (low, middle)
-    return _shrunk(pack, _shares(pack, low, f"{caps.milliseconds} ms a frame", f"{now:.1f} ms, most of it the trunk"))
+    wanted, got = f"{caps.milliseconds:g} ms a frame", f"{now:.1f} ms, most of it not for the rows"
+    return _shrunk(pack, _shares(pack, low, wanted, got), orders)
 
 
 def _within_bytes(pack: Pack, most: int) -> Pack:
@@ -141,15 +151,20 @@ def _shares(pack: Pack, share: float, wanted: str, got: str) -> dict[str, int]:
     return {bank: max(1, int(len(pack.ids(bank)) * share)) for bank in pack.banks}
 
 
-def _shrunk(pack: Pack, sizes: Mapping[str, int]) -> Pack:
+def _shrunk(pack: Pack, sizes: Mapping[str, int], orders: Mapping[str, NDArray[np.int64]] | None = None) -> Pack:
     arrays = dict(pack.arrays)
     for bank, size in sizes.items():
         rows = pack.arrays[bank]
         if size < len(rows):
-            with Progress(f"coreset of {bank}", size) as progress:
-                chosen = coreset(np.asarray(rows, np.float32), size, progress=progress)
+            order = _order(bank, rows, size) if orders is None else orders[bank]
+            chosen = np.sort(order[:size])
             arrays[bank], arrays[bank + IDS] = rows[chosen], pack.ids(bank)[chosen]
     return Pack(pack.product, pack.fingerprint, pack.calibration, arrays)
+
+
+def _order(bank: str, rows: NDArray[Any], size: int) -> NDArray[np.int64]:
+    with Progress(f"coreset of {bank}", size) as progress:
+        return coreset_order(np.asarray(rows, np.float32), size, progress=progress)
 
 
 def _same(one: NDArray[Any] | None, other: NDArray[Any] | None) -> bool:

@@ -83,6 +83,7 @@ def export(
     refuse_existing(output, force)
     from edgead.detector_file import read_detector
     from edgead.exporter.export import export_bundle, parse_target
+    from edgead.runtime.provenance_file import pin_path, provenance_beside, provenance_path, write_provenance
 
     wanted = targets or ("onnx",)
     for text in wanted:  # a misspelt target must not cost the time of a fit
@@ -105,6 +106,12 @@ def export(
             normality=second,
             force=force,
         )
+        fitted = Path(scratch) / "fitted.detector" if detector is None else detector
+        provenance = provenance_beside(fitted)
+        for stale in (provenance_path(output), pin_path(output)):  # of what was replaced
+            stale.unlink(missing_ok=True)
+        if provenance is not None:  # it speaks of rows by their ids, which the export does not change
+            write_provenance(provenance_path(output), provenance)
     if as_json:
         engines = {
             record.name: None
