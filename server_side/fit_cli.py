@@ -102,7 +102,7 @@ def fit_from_options(normal: Path | None, output: Path, *, force: bool = False, 
 def _fit_memory_bank(
     normal: Path | None, output: Path, preprocessing: Preprocessing, samples: Samples, force: bool, words: Words
 ) -> FittedDetector:
-    for option in ("model", "model_weights", "class_name", "prompts", "projections", "auxiliary"):
+    for option in ("model", "model_weights", "class_name", "prompts", "projections", "auxiliary", "score"):
         if words[option] is not None:
             raise InputError(
                 wanted="a method with sentences for " + _OPTION.get(option, f"--{option.replace('_', '-')}"),
@@ -183,12 +183,18 @@ def _fit_with_sentences(
     checkpoint = output.with_name(output.name + ".training")
     if method in TRAINS_PROJECTIONS and words["projections"] is None:
         more["checkpoint"] = checkpoint
+    if words["score"] is not None:
+        if method != "april-gan":
+            raise InputError(
+                wanted="--method april-gan for --score", got=f"--method {method}", next_step="Leave --score out."
+            )
+        more["score"] = words["score"]
     learned: Learned = learn(paths, options, samples, **more)
     if left_out:
         learned.card["images"]["left_out_unreadable"] = len(left_out)
         learned.card["left_out"] = left_out_facts(left_out)
     fitted = learned.write(output, force=force)
-    if more:
+    if "checkpoint" in more:
         checkpoint.unlink(missing_ok=True)
     return fitted
 

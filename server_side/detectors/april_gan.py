@@ -33,7 +33,6 @@ from edgead.server_side.detectors.projections import (
     Projections,
     default_layers,
     read_projections,
-    write_projections,
 )
 from edgead.server_side.detectors.sentences import class_features
 from edgead.server_side.detectors.text_fitting import (
@@ -240,33 +239,29 @@ class OpenTrunk:
 def open_trunk(
     options: VisionLanguageOptions, training: TrainingOptions | None = None, checkpoint: Path | None = None
 ) -> OpenTrunk:
-    """The trunk of the options; projections that are not there yet are trained.
+    """The trunk of the options; without a file of projections, these are trained.
 
     Args:
-        options: `model`, `weights`, `layers`, `projections`, `auxiliary`, `preprocessing` and `seed` decide. Where
-            `projections` names a `.safetensors` file that is not there, they are trained and written to it, and a run
-            that is interrupted goes on from a file beside it. The same file makes the same trunk anywhere.
+        options: `model`, `weights`, `layers`, `projections`, `auxiliary`, `preprocessing` and `seed` decide. The same
+            ones make the same trunk on the same machine and thread count; a file of projections makes it anywhere.
         training: how to train projections; the seed is that of the options.
         checkpoint: where the training is kept between epochs; continued from if it is there.
 
     Raises:
         BackboneError: unknown model or weights, a layer that it does not have, projections that do not fit it.
         InputError: an auxiliary set that cannot be trained on.
-        StorageError: trained projections cannot be written.
     """
     model, tower, preprocessing = open_tower(options)
-    file = options.projections
-    keeps = file is not None and file.suffix == ".safetensors" and not file.exists()
-    if file is not None and not keeps:
+    if options.projections is not None:
         projections, record = read_projections(
-            file,
+            options.projections,
             layers=options.layers,
             depth=tower.depth,
             widths=tower.layer_widths,
             dimensions=tower.embed_dim,
             weights=model.weights_sha256,
         )
-        facts = {"from": file.name, **record}
+        facts = {"from": options.projections.name, **record}
     else:
         layers = options.layers or default_layers(tower.depth)
         tower.check((), layers)
@@ -274,8 +269,6 @@ def open_trunk(
             auxiliary = folder_auxiliary(options.auxiliary, preprocessing)
         else:
             auxiliary = painted_auxiliary(tower.size, seed=options.seed)
-        if file is not None and checkpoint is None:
-            checkpoint = file.with_name(f"{file.name}.training")
         text = np.stack([class_features(model, april_gan(name, options.domain)) for name in auxiliary.classes])
         projections, record = train_projections(
             tower,
@@ -286,10 +279,7 @@ def open_trunk(
             weights=model.weights_sha256,
             checkpoint=checkpoint,
         )
-        if file is not None:
-            write_projections(file, projections, model=model.name, weights=model.weights_sha256, record=record)
-            file.with_name(f"{file.name}.training").unlink(missing_ok=True)
-        facts = {"from": "trained here" if file is None else file.name, **record}
+        facts = {"from": "trained here", **record}
     facts["layers"] = list(projections.layers)
     return OpenTrunk(model, AprilGanTrunk(tower, projections).eval(), preprocessing, facts)
 

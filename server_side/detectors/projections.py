@@ -136,7 +136,7 @@ def read_projections(
         raise BackboneError(
             wanted=f"trained projections at {path}",
             got="a folder" if path.is_dir() else "nothing there",
-            next_step="Train them (leave the option out), or name a file of trained projections.",
+            next_step="Train them with: edgead projections --model MODEL -o FILE",
         )
     state, content = _authors_file(path) if path.suffix in (".pth", ".pt") else _own_file(path)
     if weights and content.get("weights", weights) != weights:

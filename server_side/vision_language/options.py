@@ -20,8 +20,7 @@ class VisionLanguageOptions:
         prompts: a prompt set file; the method's own curated ensemble if None.
         shots: normal photographs that become reference banks; 0 for zero-shot.
         layers: layers of the tower to compare, counted from 1; the method's own choice if None.
-        projections: file of trained projections, for the methods that have them; one that is not there yet
-            (`.safetensors`) is trained and written.
+        projections: file of trained projections, for the methods that have them; trained anew if None.
         auxiliary: data set with masks in the MVTec layout to train projections on; painted parts if None.
         preprocessing: rotation, region of interest and tiles; its size is replaced by the tower's.
         false_alarm_rate: wanted share of normal frames called NG.
