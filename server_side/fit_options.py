@@ -98,6 +98,12 @@ def fit_options(command: Command) -> Command:
             help="Good parts that become reference banks; 0 for sentences alone.",
         ),
         click.option(
+            "--score",
+            type=click.Choice(["text", "map"]),
+            help="Image score of april-gan: that of the whole image's embedding (text, the default), or the map's "
+            "maximum, as NAND takes it.",
+        ),
+        click.option(
             "--projections",
             type=click.Path(path_type=Path),
             help="File of `edgead projections` (april-gan, normality).",
