@@ -21,6 +21,14 @@ Every error says what was wanted, what came instead, and what to do next. The cl
         ├── ParityError           a compiled engine disagrees with its torch reference
         ├── LanguageModelError    a language model timed out, refused, or answered nothing usable
         ├── OutOfMemoryError      a change that this machine's memory does not hold
+        ├── UpdateError           an update over the air did not happen; the active release stays
+        │   ├── FetchError            a file that cannot be fetched: refused, cut, no name, bad TLS
+        │   │   ├── FetchStatusError      a server's answer that is no file (403, 404, 429, 503, ...)
+        │   │   ├── FetchTimeoutError     stalled, too slow, or over the deadline
+        │   │   └── FetchContentError     another file than the signed one: too long, too short, damaged
+        │   ├── UntrustedError        metadata that is forged, mixed or older than what was seen before
+        │   ├── StaleError            metadata that expired, or a clock that cannot be right
+        │   └── SelfTestError         a release or engine that fails its tests on this device
         └── StorageError          no permission, no space, an I/O fault
             ├── StoreBusyError        another process changes the store
             ├── StoreDamagedError     a file of the store is missing or damaged; says which to fetch
@@ -128,6 +136,59 @@ class LanguageModelError(FailureError):
 
 class OutOfMemoryError(FailureError):
     """A change needs more memory than there is; nothing of it was done."""
+
+
+class UpdateError(FailureError):
+    """An update over the air did not happen; the active release stays."""
+
+
+class FetchError(UpdateError):
+    """A file could not be fetched.
+
+    Args:
+        transient: whether trying again soon may help.
+        status: the server's answer, if there was one.
+        retry_after: seconds that the server asked to wait.
+    """
+
+    def __init__(
+        self,
+        *,
+        wanted: str,
+        got: str,
+        next_step: str = "",
+        transient: bool = False,
+        status: int | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        self.transient = transient
+        self.status = status
+        self.retry_after = retry_after
+        super().__init__(wanted=wanted, got=got, next_step=next_step)
+
+
+class FetchStatusError(FetchError):
+    """A server answered with something else than the file."""
+
+
+class FetchTimeoutError(FetchError):
+    """A transfer stalled, was too slow, or did not end by its deadline."""
+
+
+class FetchContentError(FetchError):
+    """What came is not what was signed: too long, too short, or of another digest."""
+
+
+class UntrustedError(UpdateError):
+    """Metadata is forged, does not belong together, or is older than what this device has seen."""
+
+
+class StaleError(UpdateError):
+    """Metadata has expired, or this device's clock cannot be right."""
+
+
+class SelfTestError(UpdateError):
+    """A release, or the engine that it names, fails its tests on this device."""
 
 
 class StorageError(FailureError):
