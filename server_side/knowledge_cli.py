@@ -166,20 +166,33 @@ def apply(pack: Path, deltas: tuple[Path, ...], output: Path, product: str | Non
 @click.argument("row", type=click.IntRange(0, 2**64 - 1))
 @click.option("--bank", help="Which bank, where several have such a row.")
 @click.option("--photos", type=_PATH, metavar="DIR", help="Look for the photograph here, by its content.")
+@click.option("--bundle", type=_PATH, help="With --photos, and a PACK that is none: tells the patch in pixels.")
 @_PRODUCT
 @_JSON
-def trace(pack: Path, row: int, bank: str | None, photos: Path | None, product: str | None, as_json: bool) -> None:
+def trace(
+    pack: Path,
+    row: int,
+    bank: str | None,
+    photos: Path | None,
+    bundle: Path | None,
+    product: str | None,
+    as_json: bool,
+) -> None:
     """Which photograph, which patch of it and which model made the row with id ROW, and who signed it.
 
     A result's evidence names rows: see "evidence" in the lines of `edgead run --json`.
 
     \b
     Example:
-      edgead knowledge trace part.safetensors 1742 --photos photos/good
+      edgead knowledge trace part.safetensors 1742 --photos photos/good --bundle part.bundle
     """
+    from edgead.runtime.bundle import open_bundle
     from edgead.server_side import knowledge_view as room
 
-    record = room.traced(room.load(pack, product), row, bank, photos)
+    loaded = room.load(pack, product)
+    made_by = pack if bundle is None and room.is_bundle(pack) else bundle
+    detector = None if made_by is None else open_bundle(made_by, verify=False).manifest.detector
+    record = room.traced(loaded, row, bank, photos, detector)
     if as_json:
         click.echo(json.dumps(record, sort_keys=True))
         return
@@ -193,7 +206,9 @@ def trace(pack: Path, row: int, bank: str | None, photos: Path | None, product: 
         if record["tile"] < 0:
             click.echo(f"  place   row {record['x']} of that file")
         else:
-            click.echo(f"  patch   x {record['x']}, y {record['y']} of tile {record['tile']}")
+            pixels = record["pixels"]
+            where = "" if pixels is None else f": {pixels[2]} x {pixels[3]} pixels at {pixels[0]},{pixels[1]}"
+            click.echo(f"  patch   x {record['x']}, y {record['y']} of tile {record['tile']}{where}")
     click.echo(f"  model   {record['model']}")
     pin = record["pin"]
     said = "nobody: no pin beside the pack" if pin is None else f"says {pin['signer']}, key {pin['kid']}, {pin['ts']}"
@@ -333,9 +348,10 @@ def sign(
 
 def _row_fingerprint(loaded: Loaded, path: Path) -> str:
     """Feature space of the rows: in a bundle of two detectors it is not the pack's own."""
-    if path.is_dir() or path.suffix == ".edgead":
-        from edgead.runtime.bundle import open_bundle
+    from edgead.runtime.bundle import open_bundle
+    from edgead.server_side.knowledge_view import is_bundle
 
+    if is_bundle(path):
         return open_bundle(path, verify=False).manifest.detector.fingerprint
     return loaded.pack.fingerprint
 

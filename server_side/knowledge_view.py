@@ -16,11 +16,14 @@ from edgead.runtime.bundle_store import SUFFIX
 from edgead.runtime.chain import begins_as_delta, read_delta_file
 from edgead.runtime.deltas import apply_delta, make_delta
 from edgead.runtime.errors import InputError, KnowledgeError, storage_errors
-from edgead.runtime.image import list_images
+from edgead.runtime.evidence import patch_grid
+from edgead.runtime.image import list_images, read_image, tile_boxes, to_frame
 from edgead.runtime.knowledge import IDS, Pack, encode_pack, is_bank, read_pack
 from edgead.runtime.pins import Pin
 from edgead.runtime.provenance import Provenance, check_provenance
 from edgead.runtime.provenance_file import pin_path, provenance_beside, read_pin
+from edgead.runtime.spec import DetectorSpec, Region
+from edgead.server_side.knowledge_rows import feature_of
 from edgead.server_side.knowledge_tools import rows_named
 from edgead.server_side.sources import provenance_of
 
@@ -54,6 +57,11 @@ class Loaded:
         return sum(len(self.pack.ids(bank)) for bank in self.pack.banks)
 
 
+def is_bundle(path: Path) -> bool:
+    """Whether a path is that of a bundle, by its kind."""
+    return path.is_dir() or path.suffix == SUFFIX
+
+
 def load(path: Path, product: str | None = None) -> Loaded:
     """A pack, or a bundle's initial one, with its provenance and pin.
 
@@ -66,7 +74,7 @@ def load(path: Path, product: str | None = None) -> Loaded:
         raise InputError(
             wanted=f"a knowledge pack or bundle at {path}", got="nothing there", next_step="Check the path."
         )
-    if path.is_dir() or path.suffix == SUFFIX:
+    if is_bundle(path):
         bundle = open_bundle(path, verify=False)
         pack = bundle.pack(product or bundle.manifest.default)
     elif begins_as_delta(path):
@@ -203,7 +211,13 @@ def difference(before: Loaded, after: Loaded) -> Record:
     }
 
 
-def traced(loaded: Loaded, row: int, bank: str | None = None, photographs: Path | None = None) -> Record:
+def traced(
+    loaded: Loaded,
+    row: int,
+    bank: str | None = None,
+    photographs: Path | None = None,
+    detector: DetectorSpec | None = None,
+) -> Record:
     """Where a row came from, as JSON-like values.
 
     Args:
@@ -211,6 +225,7 @@ def traced(loaded: Loaded, row: int, bank: str | None = None, photographs: Path 
         row: its id.
         bank: where several banks have that id.
         photographs: a folder in which the picture is looked for by its digest.
+        detector: that made the row; with it, and the picture, the patch is told in pixels.
 
     Raises:
         InputError: no such row, or no provenance beside the pack.
@@ -239,10 +254,28 @@ def traced(loaded: Loaded, row: int, bank: str | None = None, photographs: Path 
         "tile": tile,
         "x": x,
         "y": y,
+        "pixels": None if found is None or detector is None or tile < 0 else _pixels(detector, name, found, tile, x, y),
         "model": record.fingerprint,
         "leaf": record.banks[name].leaves[place].tobytes().hex(),
         "pin": None if loaded.pin is None else pinned(loaded.pin),
     }
+
+
+def _pixels(detector: DetectorSpec, bank: str, path: str, tile: int, x: int, y: int) -> list[int] | None:
+    """A patch in its picture: left, top, width and height in pixels; None if the detector does not tell."""
+    feature = next(port for port in detector.features if port.name == feature_of(detector, bank))
+    spec = detector.preprocessing
+    grid = patch_grid(int(feature.shape[1]), spec)
+    shape = read_image(path).shape
+    if grid is None:
+        return None
+    boxes = tile_boxes(shape, spec)
+    first, last, box = boxes[0], boxes[-1], boxes[tile]
+    left, right = (box.x - first.x + box.width * column // grid[1] for column in (x, x + 1))
+    top, bottom = (box.y - first.y + box.height * line // grid[0] for line in (y, y + 1))
+    whole = (last.y + last.height - first.y, last.x + last.width - first.x)
+    found = to_frame(Region(left, top, max(right - left, 1), max(bottom - top, 1)), whole, shape, spec)
+    return [found.x, found.y, found.width, found.height]
 
 
 def _used(record: Provenance) -> set[str]:

@@ -18,17 +18,18 @@ from edgead.cli import cli
 from edgead.runtime.bundle import open_bundle
 from edgead.runtime.chain import read_chain
 from edgead.runtime.errors import EdgeadError, InputError, KnowledgeError, OutputExistsError, PinError
-from edgead.runtime.image import encode_png, read_image
+from edgead.runtime.image import encode_png, prepare, read_image
 from edgead.runtime.inspection import Verdict
 from edgead.runtime.inspector import Inspector
 from edgead.runtime.knowledge import new_pack, read_pack, write_pack
 from edgead.runtime.provenance import check_provenance, decode_provenance
 from edgead.runtime.provenance_file import provenance_beside, provenance_path, write_provenance
-from edgead.runtime.spec import Calibration, DetectorSpec, KnowledgePort, Port, Preprocessing
+from edgead.runtime.spec import Calibration, DetectorSpec, KnowledgePort, Port, Preprocessing, Region, Tiling
+from edgead.server_side import knowledge_view
 from edgead.server_side.coreset import coreset_order, farthest_first
 from edgead.server_side.knowledge_merge import Caps, capped
 from edgead.server_side.knowledge_rows import feature_of
-from edgead.server_side.sources import provenance_of, source_image
+from edgead.server_side.sources import Origins, patch_places, provenance_of, source_image
 
 Edgead = Callable[..., Any]
 
@@ -133,6 +134,10 @@ def test_a_row_is_followed_to_its_photograph_and_patch(plant: Plant, edgead: Edg
     assert (found["tile"], found["x"], found["y"]) == (0, 3, 1)
     assert found["model"] == plant.tiny.detector().fingerprint
     assert found["pin"] is None
+    assert found["pixels"] is None
+    words = ("trace", plant.root / "new.safetensors", row, "--photos", plant.new, "--bundle", plant.bundle)
+    assert edgead(*words)["pixels"] == [12, 4, 4, 4]
+    assert "4 x 4 pixels at 12,4" in edgead(*words, text=True)
     assert edgead("trace", plant.root / "new.safetensors", 1)["image"] is None
     assert "x 3, y 1 of tile 0" in edgead("trace", plant.root / "new.safetensors", row, text=True)
     with pytest.raises(InputError, match="none has"):
@@ -623,3 +628,29 @@ def test_ids_of_rows_that_were_forgotten_are_not_given_to_merged_rows(plant: Pla
     level = dict(zip(both.ids("bank.normal").tolist(), both.arrays["bank.normal"][:, 0].tolist(), strict=True))
     assert sorted(level) == [1, 2, *sorted({3, 4} & set(level)), 5, 6]
     assert (level[5], level[6]) == (120.0, 121.0)
+
+
+def test_the_pixels_of_a_patch_are_those_that_made_it_whatever_the_preprocessing(
+    tiny: ModuleType, tmp_path: Path
+) -> None:
+    spec = tiny.detector(
+        Preprocessing(16, 16, rotate=90, roi=Region(10, 20, 64, 32), tiles=Tiling(columns=2, rows=1, overlap=0.0))
+    )
+    picture = np.full((90, 70, 3), 100, np.uint8)
+    rng = np.random.default_rng(0)
+    for place in rng.integers(0, 32, 6):
+        tile, x, y = patch_places(2, (4, 4))[place]
+        (tmp_path / "p.png").write_bytes(encode_png(picture))
+        pack = tiny.pack([[1.0, 2.0, 3.0]], spec=spec)
+        origins = Origins([source_image(tmp_path / "p.png")], np.zeros(1, np.int64), np.array([[tile, x, y]], np.int32))
+        made = provenance_of(
+            pack, fingerprint=spec.fingerprint, made={"bank.normal": (pack.ids("bank.normal"), origins)}
+        )
+        loaded = knowledge_view.Loaded(tmp_path / "p", pack, made, None)
+        found = knowledge_view.traced(loaded, 1, None, tmp_path, spec)["pixels"]
+        marked = np.zeros_like(picture)
+        marked[found[1] : found[1] + found[3], found[0] : found[0] + found[2]] = 255
+        seen = prepare(marked, spec.preprocessing).reshape(2, 4, 4, 4, 4, 3).mean((2, 4, 5))
+        assert int(seen.reshape(-1).argmax()) == place
+        assert seen.max() == 255
+        assert np.sort(seen.reshape(-1))[-2] == 0
