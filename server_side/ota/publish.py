@@ -176,7 +176,7 @@ def publish_pack(repository: Repository, pack: Pack, *, calibrated: bool = False
         place = delta_path(product, base, pack.digest)
         repository.add(place, delta)
         done.files.append((place, len(delta)))
-    done.dropped = _prune(repository, product, pack.digest, releases, set(known))
+    done.dropped = prune(repository, product, pack.digest, releases, set(known))
     return done
 
 
@@ -238,11 +238,22 @@ def _check_calibration(pack: Pack, before: list[Pack]) -> None:
             )
 
 
-def _prune(repository: Repository, product: str, new: str, releases: list[Release], initial: set[str]) -> list[str]:
-    """Drop what no device needs any more: packs of releases that are gone, and deltas to packs before the last two."""
+def prune(repository: Repository, product: str, new: str, releases: list[Release], initial: set[str]) -> list[str]:
+    """Drop what no device needs any more: packs of releases that are gone, and deltas to all but the last two packs.
+
+    Args:
+        repository: which.
+        product: whose packs.
+        new: digest of the pack that was just put.
+        releases: that devices can be given, oldest first.
+        initial: packs that devices came with.
+
+    Returns:
+        paths of what was dropped.
+    """
     kept = [release.product_packs[product] for release in releases]
     gone = _released(repository, product) - set(kept) - {new}
-    results = {new, *kept[-2:]}
+    results = {new, *kept[-1:]}
     dropped = []
     for path in repository.entries("knowledge", product):
         name = path.rpartition("/")[2]
