@@ -120,7 +120,8 @@ class RealDisk(Disk):
 
     def read(self, path: Path, limit: int) -> bytes:
         with _plain(path) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as stream:
-            return stream.read(limit)
+            # Python takes as much memory as it is asked to read; the file may be far below the limit.
+            return stream.read(min(limit, os.fstat(descriptor).st_size + 1))
 
     def chunks(self, path: Path) -> Iterator[bytes]:
         with _plain(path) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as stream:
@@ -274,7 +275,7 @@ class UpdateLock:
 def _busy(path: Path, timeout_s: float, purpose: str, other: str) -> StoreBusyError:
     return StoreBusyError(
         wanted=f"{purpose} at {path.parent}",
-        got=f"another {other} that does so, and did not end within {timeout_s:g} s",
+        got=f"another {other} that does so, and did not end within {timeout_s:.1f} s",
         next_step="Wait for it, or end it; its lock ends with it.",
     )
 

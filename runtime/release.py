@@ -66,6 +66,10 @@ class _Schema(Struct, frozen=True):
     schema: int
 
 
+_SCHEMA = msgspec.json.Decoder(_Schema)
+_RELEASE = msgspec.json.Decoder(Release)
+
+
 def encode_release(release: Release) -> bytes:
     """The one encoding of `release`: canonical JSON.
 
@@ -134,14 +138,14 @@ def check_whole(release: Release, manifest: Manifest, packs: Mapping[str, Pack])
 
 def _read(data: bytes) -> Release:
     try:
-        schema = msgspec.json.decode(data, type=_Schema).schema
+        schema = _SCHEMA.decode(data).schema
         if schema != RELEASE_SCHEMA:
             raise ReleaseError(
                 wanted=f"a release of schema {RELEASE_SCHEMA}",
                 got=f"schema {schema}",
                 next_step="Update edgead on this machine, or publish the release with this version.",
             )
-        release = msgspec.json.decode(data, type=Release)
+        release = _RELEASE.decode(data)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         _refuse("every field as the format has it", f"something else ({error})")
     if not release.product_packs:

@@ -347,6 +347,8 @@ class Store(StoreView):
             active = self._load(str(changed.active))
         except EdgeadError as error:
             self._pointer.write(state, slots_state.alarmed(state, f"no way back ({reason}): {error.got}"))
+            if isinstance(error, RollbackError):
+                raise
             raise RollbackError(
                 wanted=f"a whole release to go back to ({reason})", got=error.got, next_step=error.next_step
             ) from error

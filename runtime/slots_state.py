@@ -71,6 +71,9 @@ class _Copy(Struct, frozen=True, forbid_unknown_fields=True):
     state: State
 
 
+_COPY = msgspec.json.Decoder(_Copy)
+
+
 @dataclass(frozen=True)
 class Found:
     """A release in a store whose state is lost.
@@ -103,7 +106,7 @@ def decode_state(data: bytes) -> State:
     try:
         if len(data) > STATE_BYTES:
             raise ValueError(f"{len(data)} bytes")
-        copy = msgspec.json.decode(data, type=_Copy)
+        copy = _COPY.decode(data)
         if encode_state(copy.state) != data or copy.state.schema != STATE_SCHEMA:
             raise ValueError("a checksum or schema that does not match")
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
