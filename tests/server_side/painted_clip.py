@@ -87,7 +87,7 @@ class Recipe:
     seed: int = 0
     bases: int = 500
     text_steps: int = 150
-    steps: int = 600
+    steps: int = 800
     pictures: int = 32
     captions: int = 64
     rate: float = 3e-3
@@ -187,7 +187,7 @@ def paint(bases: int, seed: int, kinds: Sequence[str] = KINDS) -> Pictures:
         masks.append(np.zeros((SIDE, SIDE), np.bool_))
         shown.append("good")
         for kind in kinds:
-            size, contrast = float(rng.uniform(0.3, 0.6)), float(rng.uniform(0.8, 1.0))
+            size, contrast = float(rng.uniform(0.45, 0.75)), float(rng.uniform(0.9, 1.0))
             image, mask = paint_defect(part.image, kind, size=size, contrast=contrast, rng=rng, within=part.surface)
             images.append(image)
             masks.append(mask > 0)
@@ -221,7 +221,10 @@ class Training:
     def run(self) -> None:
         """Train to the end."""
         self._learn_text()
-        recipe, towers = self.recipe, [*self.model.parameters(), *self.projections.parameters()]
+        # Words have their meaning by now; a step over 49,408 of them would cost as much as a layer.
+        self.model.token_embedding.requires_grad_(False)
+        recipe = self.recipe
+        towers = [p for part in (self.model, self.projections) for p in part.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in towers if p.ndim > 1], "weight_decay": 0.05},
             {"params": [p for p in towers if p.ndim < 2] + [self.bias], "weight_decay": 0.0},
