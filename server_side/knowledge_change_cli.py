@@ -308,7 +308,8 @@ def _finish(bundle: Path, change: BankChange, words: dict[str, Any], as_json: bo
     click.echo(f"  threshold        {before.threshold:.4g} -> {after.threshold:.4g}{_of(before, after)}")
     click.echo(f"  {judged.summary()}")
     click.echo(f"  {statement(after)}")
-    click.echo(f"next: edgead run {bundle} PICTURES --knowledge {output}")
+    chain = [*words["knowledge"], output] if kind == "delta" else [output]
+    click.echo(f"next: edgead run {bundle} PICTURES {' '.join(f'--knowledge {path}' for path in chain)}")
 
 
 def _counts(change: Any) -> dict[str, int]:

@@ -183,7 +183,7 @@ def difference(before: Loaded, after: Loaded) -> Record:
         }
     others = {name for name in (*old.arrays, *new.arrays) if not is_bank(name) and not is_bank(name.removesuffix(IDS))}
     calibration = [msgspec.to_builtins(pack.calibration) for pack in (old, new)]
-    images = [set() if item.provenance is None else _used(item.provenance) for item in (before, after)]
+    images = [{} if item.provenance is None else _used(item.provenance) for item in (before, after)]
     return {
         "before": old.digest,
         "after": new.digest,
@@ -205,7 +205,10 @@ def difference(before: Loaded, after: Loaded) -> Record:
             for name in sorted({*calibration[0], *calibration[1]})
             if calibration[0].get(name) != calibration[1].get(name)
         },
-        "images": {"added": sorted(images[1] - images[0]), "removed": sorted(images[0] - images[1])},
+        "images": {
+            "added": sorted(images[1][digest] for digest in images[1].keys() - images[0].keys()),
+            "removed": sorted(images[0][digest] for digest in images[0].keys() - images[1].keys()),
+        },
         "delta_bytes": _delta_bytes(old, new),
         "pack_bytes": len(encode_pack(new)),
     }
@@ -278,10 +281,10 @@ def _pixels(detector: DetectorSpec, bank: str, path: str, tile: int, x: int, y: 
     return [found.x, found.y, found.width, found.height]
 
 
-def _used(record: Provenance) -> set[str]:
-    """Names of the images that rows came from."""
+def _used(record: Provenance) -> dict[str, str]:
+    """Names of the images that rows came from, by digest: two may have one name."""
     places = {int(place) for bank in record.banks.values() for place in np.unique(bank.images) if place >= 0}
-    return {record.images[place].name for place in places}
+    return {record.images[place].sha256: record.images[place].name for place in places}
 
 
 def _delta_bytes(old: Pack, new: Pack) -> int | None:

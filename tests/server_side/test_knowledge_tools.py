@@ -118,6 +118,9 @@ def test_the_text_says_what_changed(plant: Plant, edgead: Edgead) -> None:
     assert "2 added, 0 removed, 4 rows now" in text
     assert "false alarms 3 -> 0 of 13 held-out normals, misses 0 -> 0 of 3 known defects" in text
     assert "threshold        30 -> " in text
+    assert text.endswith(f"PICTURES --knowledge {plant.root / 'new.delta'}\n")
+    after = ("remove", plant.bundle, "--knowledge", plant.root / "new.delta", "--row", 4, *plant.judged())
+    assert "new.delta --knowledge" in edgead(*after, "-o", plant.root / "less.delta", text=True)
 
 
 def test_a_row_is_followed_to_its_photograph_and_patch(plant: Plant, edgead: Edgead) -> None:
