@@ -17,6 +17,7 @@ from edgead.runtime.spec import Preprocessing
 from edgead.server_side.fit_options import (
     LANGUAGE_METHODS,
     MEMORY_BANK,
+    OPTIONS_OF,
     TRAINS_PROJECTIONS,
     anomalous_samples,
     check_method,
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 
 Samples = Sequence[tuple[Path, Path | None]]
 Words = Mapping[str, Any]
-
-_OPTION = {"class_name": "--class"}
 
 
 @click.command()
@@ -99,16 +98,26 @@ def fit_from_options(normal: Path | None, output: Path, *, force: bool = False, 
     return detector
 
 
+def _refuse_foreign(method: str, words: Words) -> None:
+    """Refuse options that the method would do nothing with.
+
+    Raises:
+        InputError: names the option and the methods that it is for.
+    """
+    for option, methods in OPTIONS_OF.items():
+        if words[option] not in (None, 0) and method not in methods:
+            spelt = "--class" if option == "class_name" else f"--{option.replace('_', '-')}"
+            raise InputError(
+                wanted=f"a method that knows {spelt}: {', '.join(methods)}",
+                got=f"--method {method}",
+                next_step=f"Leave {spelt} out, or name one of these methods.",
+            )
+
+
 def _fit_memory_bank(
     normal: Path | None, output: Path, preprocessing: Preprocessing, samples: Samples, force: bool, words: Words
 ) -> FittedDetector:
-    for option in ("model", "model_weights", "class_name", "prompts", "projections", "auxiliary", "score"):
-        if words[option] is not None:
-            raise InputError(
-                wanted="a method with sentences for " + _OPTION.get(option, f"--{option.replace('_', '-')}"),
-                got=f"--method {MEMORY_BANK}, which knows none",
-                next_step=f"Name one of: {', '.join(LANGUAGE_METHODS)}.",
-            )
+    _refuse_foreign(MEMORY_BANK, words)
     if normal is None:
         raise InputError(
             wanted="photographs of good parts", got="no --normal", next_step="Add: --normal DIR, a folder of pictures."
@@ -135,6 +144,7 @@ def _fit_with_sentences(
     normal: Path | None, output: Path, preprocessing: Preprocessing, samples: Samples, force: bool, words: Words
 ) -> FittedDetector:
     method = words["method"]
+    _refuse_foreign(method, words)
     if words["size"] is not None:
         raise InputError(
             wanted=f"the image size of --model for --method {method}",
@@ -184,10 +194,6 @@ def _fit_with_sentences(
     if method in TRAINS_PROJECTIONS and words["projections"] is None:
         more["checkpoint"] = checkpoint
     if words["score"] is not None:
-        if method != "april-gan":
-            raise InputError(
-                wanted="--method april-gan for --score", got=f"--method {method}", next_step="Leave --score out."
-            )
         more["score"] = words["score"]
     learned: Learned = learn(paths, options, samples, **more)
     if left_out:

@@ -25,6 +25,19 @@ LANGUAGE_METHODS = {
 TRAINS_PROJECTIONS = ("april-gan", "normality")
 """Those that train projections where no file of them is given."""
 METHODS = (MEMORY_BANK, *LANGUAGE_METHODS)
+OPTIONS_OF: dict[str, tuple[str, ...]] = {
+    "backbone_weights": (MEMORY_BANK,),
+    "rows": (MEMORY_BANK,),
+    "neighbours": (MEMORY_BANK,),
+    "anomalous": (MEMORY_BANK, "anomalous-few-shot"),
+    "layers": (MEMORY_BANK, *TRAINS_PROJECTIONS),
+    "projections": TRAINS_PROJECTIONS,
+    "auxiliary": TRAINS_PROJECTIONS,
+    "score": ("april-gan",),
+    "shots": ("winclip", "april-gan", "alfa", "anomalous-few-shot"),
+    **{name: tuple(LANGUAGE_METHODS) for name in ("model", "model_weights", "class_name", "prompts")},
+}
+"""Options that not every method has a use for -> those that have."""
 
 DEFAULT_SIZE = "256"
 
