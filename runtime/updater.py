@@ -1,0 +1,384 @@
+"""The updater of a device: looks for a release that it should have, and makes it active once it has proved itself.
+
+One poll: refresh the signed metadata; ask the roll-out record what this device should have; fetch what is missing, the
+cheapest way; stage it; test engine and release on this machine; replay the last frames; activate; hand it to the
+running inspector between two frames. Then it is watched, and confirmed or rolled back. Whatever fails on the way, the
+active release stays as it is and inspection goes on. Decisions are in `edgead.runtime.update_rules`.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from edgead.runtime.disk import Disk, RealDisk
+from edgead.runtime.errors import (
+    BundleError,
+    EdgeadError,
+    EngineError,
+    EngineMismatchError,
+    FetchError,
+    InputError,
+    KnowledgeError,
+    ReleaseError,
+    SelfTestError,
+    StoreDamagedError,
+)
+from edgead.runtime.fetch import Fetcher
+from edgead.runtime.fetch_rules import FetchLimits
+from edgead.runtime.frames import FrameRing
+from edgead.runtime.live import Health, LiveInspector
+from edgead.runtime.release import RELEASE_BYTES, Release, decode_release, digest_of
+from edgead.runtime.rollout import RECORD_BYTES, Rollout, decode_rollout
+from edgead.runtime.self_test import Shadow, engine_test, release_test, shadow_replay
+from edgead.runtime.slots import Active, Store
+from edgead.runtime.slots_files import RELEASES
+from edgead.runtime.trust import TrustedRepository
+from edgead.runtime.update_outcome import Device, Outcome
+from edgead.runtime.update_parts import Parts
+from edgead.runtime.update_rules import decide, judge_watch, next_poll
+
+DEEP_CHECK_S = 86_400.0
+"""Seconds between two checks of every byte of the active release."""
+SHADOW_FRAMES = 16
+"""Frames that are replayed at most."""
+_WATCH_S = 0.5
+
+
+class DeviceUpdater:
+    """Keeps a device's store at the release that it should have.
+
+    `poll` and `watch` may be called from one thread at a time; `run` calls them until it is told to stop.
+
+    Args:
+        store: of the device.
+        device: who it is.
+        inspector: the running inspector that takes new releases between two frames; None where another process
+            inspects, which then takes them when it starts.
+        limits: how patient downloads are.
+        target, threads: engine and processor threads for the tests, see `Inspector`.
+        clock: seconds since 1970 in UTC.
+        disk: that of the store.
+        stop: ends waits of downloads.
+        rng: for jitter.
+        lock_timeout_s: how long to wait for another updater.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        device: Device,
+        inspector: LiveInspector | None = None,
+        *,
+        limits: FetchLimits | None = None,
+        target: str | None = None,
+        threads: int | None = None,
+        clock: Callable[[], float] = time.time,
+        disk: Disk | None = None,
+        stop: threading.Event | None = None,
+        rng: random.Random | None = None,
+        lock_timeout_s: float = 30.0,
+    ) -> None:
+        self._store = store
+        self._device = device
+        self._inspector = inspector
+        self._target = target
+        self._threads = threads
+        self._clock = clock
+        self._disk = disk or RealDisk()
+        self._stop = stop or threading.Event()
+        self._rng = rng or random.Random()
+        self._lock_timeout = lock_timeout_s
+        self._limits = limits
+        self._fetcher = Fetcher(limits, stop=self._stop, rng=self._rng)
+        self._record: Rollout | None = None
+        self._rollouts: dict[str, bytes] = {}
+        self._checked = float("-inf")
+        self._poke = threading.Event()
+        self.failures = 0
+        """Polls in a row that failed."""
+
+    def poll(self) -> Outcome:
+        """Look once for a release, and make it active if there is one that passes.
+
+        Returns:
+            what came of it; errors are in it, and never raised.
+        """
+        begin = time.monotonic()
+        before = self._fetcher.received, self._fetcher.requests
+        try:
+            with self._store.updating(self._lock_timeout):
+                outcome = self._poll()
+        except EdgeadError as error:
+            outcome = Outcome("failed", error.got[:300], error=error)
+        finally:
+            self._fetcher.close()
+        self.failures = self.failures + 1 if outcome.status == "failed" else 0
+        active = self._active_release()
+        return replace(
+            outcome,
+            release=None if active is None else active.counter,
+            received=self._fetcher.received - before[0],
+            requests=self._fetcher.requests - before[1],
+            seconds=time.monotonic() - begin,
+        )
+
+    def watch(self) -> Outcome | None:
+        """Look at the release that is on probation in the running inspector.
+
+        Returns:
+            whether it was confirmed or rolled back; None while neither.
+        """
+        if self._inspector is None:
+            return None
+        state, health = self._store.state(), self._inspector.health
+        if state.confirmed or state.active != health.digest:
+            return None
+        window = 600.0 if self._record is None else float(self._record.window)
+        threshold = 0.1 if self._record is None else self._record.error_threshold
+        elapsed = time.monotonic() - health.since
+        verdict = judge_watch(health.frames, health.failures, elapsed, window, threshold)
+        if verdict == "wait":
+            return None
+        try:
+            if verdict == "confirm":
+                self.confirm(health)
+                outcome = Outcome("confirmed", f"{health.frames} frames, {health.failures} without an answer")
+            else:
+                reason = f"{health.failures} of {health.frames} frames without an answer"
+                self._go_back(reason)
+                outcome = Outcome("rolled back", reason)
+        except EdgeadError as error:
+            outcome = Outcome("failed", error.got[:300], error=error)
+        active = self._active_release()
+        return replace(outcome, release=None if active is None else active.counter)
+
+    def confirm(self, health: Health | None = None) -> None:
+        """Say that the active release has proved itself, and remove what is then of no use.
+
+        Args:
+            health: of the release that ran; None for the active one.
+
+        Raises:
+            ReleaseError: another release is active by now, or none.
+            StorageError: the file system refused.
+        """
+        digest = health.digest if health is not None else self._store.state().active
+        if digest is None:
+            raise ReleaseError(wanted="an active release", got="none", next_step="Take one with: edgead device update")
+        self._store.confirm(digest)
+        self._store.garbage()
+
+    def run(
+        self,
+        interval: float = 60.0,
+        jitter: float = 0.2,
+        stop: threading.Event | None = None,
+        report: Callable[[Outcome], object] = lambda outcome: None,
+    ) -> None:
+        """Poll and watch until it is told to stop.
+
+        Args:
+            interval: seconds between polls.
+            jitter: share of it by which each pause is longer or shorter.
+            stop: ends it; None for that of the updater.
+            report: called with each outcome, on the calling thread.
+        """
+        stop = stop or self._stop
+        # Devices that were switched on together must not come together.
+        due = time.monotonic() + interval * jitter * self._rng.random()
+        poked = float("-inf")
+        while not stop.is_set():
+            now = time.monotonic()
+            if self._poke.is_set() and now - poked >= interval:
+                poked = now
+                self._poke.clear()
+                due = now
+            if now >= due:
+                outcome = self.poll()
+                report(outcome)
+                asked = outcome.error.retry_after if isinstance(outcome.error, FetchError) else None
+                due = time.monotonic() + next_poll(interval, jitter, self.failures, asked, self._rng)
+            seen = self.watch()
+            if seen is not None:
+                report(seen)
+            stop.wait(max(0.0, min(_WATCH_S, due - time.monotonic())))
+
+    def start(
+        self,
+        interval: float = 60.0,
+        jitter: float = 0.2,
+        stop: threading.Event | None = None,
+        report: Callable[[Outcome], object] = lambda outcome: None,
+    ) -> threading.Thread:
+        """`run` on a thread of its own, which ends with the process."""
+        thread = threading.Thread(
+            target=self.run, args=(interval, jitter, stop, report), name="edgead-updater", daemon=True
+        )
+        thread.start()
+        return thread
+
+    def poke(self) -> None:
+        """Somebody says that there is something new. Costs at most one poll more per interval, whoever says it."""
+        self._poke.set()
+
+    def _poll(self) -> Outcome:
+        state = self._store.state()
+        repository = TrustedRepository(
+            self._device.repository,
+            self._device.root,
+            self._store.metadata,
+            self._fetcher,
+            now=self._clock(),
+            last_seen=state.last_seen,
+        )
+        made = repository.refresh()
+        if made > state.last_seen:
+            self._store.see(made)
+        record = self._rollout(repository)
+        self._record = record
+        active = self._active_release()
+        healed: tuple[str, ...] = ()
+        trouble: EdgeadError | None = None
+        try:
+            healed = self._heal(repository, record, active)
+        except EdgeadError as error:
+            trouble = error  # what cannot be had any more is left to the next release
+        active = self._active_release()
+        decision = decide(
+            record,
+            device_id=self._device.device_id,
+            groups=self._device.groups,
+            active=None if active is None else active.counter,
+            highest=state.counter,
+        )
+        if decision.action == "go back":
+            self._go_back(decision.reason)
+            return Outcome("rolled back", decision.reason)
+        if decision.counter is None:
+            if trouble is not None:
+                raise trouble
+            return Outcome("current", f"mended: {', '.join(healed)}" if healed else decision.reason)
+        data, release = self._release(repository, decision.counter)
+        if digest_of(data) in state.quarantined:
+            return Outcome("current", f"release {release.counter} is quarantined here")
+        parts = Parts(self._store, repository, self._fetcher, self._disk, self._device.product)
+        parts.bring(release)
+        self._store.stage(data)
+        return replace(self._install(), way=parts.way)
+
+    def _install(self) -> Outcome:
+        """Test the candidate and make it active."""
+        candidate = self._store.candidate()
+        try:
+            engine_test(candidate.engine, target=self._target, threads=self._threads)
+            release_test(
+                candidate.engine, candidate.release, candidate.packs, target=self._target, threads=self._threads
+            )
+            shadow = self._shadow(candidate)
+        except EngineMismatchError:
+            raise  # this machine lacks a plan, which `edgead compile` makes
+        except (SelfTestError, EngineError, BundleError, KnowledgeError, ReleaseError) as error:
+            # An engine that refuses, or a bundle or pack that breaks on use, failed here as much as a wrong score.
+            self._store.reject(f"{error.wanted}: {error.got}")
+            return Outcome("rejected", error.got[:300], error=error)
+        active = self._store.activate()
+        if self._inspector is None:
+            return Outcome("activated", f"release {active.release.counter}", shadow=shadow, restart=True)
+        try:
+            self._inspector.take(active)
+        except EdgeadError as error:
+            self._go_back(f"the inspector refused it: {error.got}")
+            return Outcome("rejected", error.got[:300], error=error)
+        return Outcome("activated", f"release {active.release.counter}", shadow=shadow)
+
+    def _shadow(self, candidate: Active) -> Shadow | None:
+        frames = FrameRing(self._store.frames, disk=self._disk).read(SHADOW_FRAMES)
+        product = self._device.product
+        try:
+            old = self._store.active()
+        except StoreDamagedError:
+            return None
+        if not frames or product not in old.packs:
+            return None
+        return shadow_replay(
+            frames,
+            (old.engine, old.packs[product]),
+            (candidate.engine, candidate.packs[product]),
+            target=self._target,
+            threads=self._threads,
+        )
+
+    def _go_back(self, reason: str) -> None:
+        active = self._store.rollback(reason)
+        if self._inspector is not None:
+            self._inspector.take(active)
+
+    def _rollout(self, repository: TrustedRepository) -> Rollout | None:
+        data = repository.read(f"rollout/{self._device.product}.json", RECORD_BYTES, kept=self._rollouts)
+        record = None if data is None else decode_rollout(data)
+        if record is not None and record.product != self._device.product:
+            raise InputError(
+                wanted=f"the roll-out of {self._device.product!r}",
+                got=f"that of {record.product!r} in its place",
+                next_step="Publish it with: edgead ota rollout",
+            )
+        return record
+
+    def _release(self, repository: TrustedRepository, counter: int) -> tuple[bytes, Release]:
+        path = f"releases/{self._device.product}/{counter}.json"
+        data = repository.read(path, RELEASE_BYTES)
+        if data is None:
+            raise ReleaseError(
+                wanted=path, got="no release that its signers signed", next_step="Sign it with: edgead ota release"
+            )
+        release = decode_release(data)
+        if release.counter != counter or set(release.product_packs) != {self._device.product}:
+            raise ReleaseError(
+                wanted=f"release {counter} of {self._device.product!r} under that name",
+                got=f"release {release.counter} of {', '.join(release.product_packs)}",
+                next_step="An old release under a new name is refused; release it under a new counter.",
+            )
+        return data, release
+
+    def _active_release(self) -> Release | None:
+        digest = self._store.state().active
+        if digest is None:
+            return None
+        try:
+            data = self._disk.read(self._store.folder / RELEASES / f"{digest}.json", RELEASE_BYTES + 1)
+            return decode_release(data) if digest_of(data) == digest else None
+        except (OSError, EdgeadError):
+            return None
+
+    def _heal(self, repository: TrustedRepository, record: Rollout | None, active: Release | None) -> tuple[str, ...]:
+        """Fetch what rotted of the active release, and name it."""
+        digest, now = self._store.state().active, time.monotonic()
+        if digest is None or (active is not None and now - self._checked < DEEP_CHECK_S):
+            return ()
+        damaged: tuple[str, ...] = ()
+        data = b""
+        if active is None:
+            damaged = (f"{RELEASES}/{digest}.json",)
+            for counter in () if record is None else (record.release, record.previous):
+                found = None if counter is None else repository.read(self._path(counter), RELEASE_BYTES)
+                if found is not None and digest_of(found) == digest:
+                    data, active = found, decode_release(found)
+        if active is None:
+            return ()
+        damaged += self._store.missing(active)
+        if damaged:
+            Parts(self._store, repository, self._fetcher, self._disk, self._device.product).bring(active)
+            if data:
+                self._store.stage(data)
+        self._checked = now
+        return damaged
+
+    def _path(self, counter: int) -> str:
+        return f"releases/{self._device.product}/{counter}.json"
+
+
+__all__ = ["DeviceUpdater"]
