@@ -1,0 +1,253 @@
+"""Sentences decide what is a defect: shown with a tiny CLIP that was trained on painted carpets (`painted_clip.py`).
+
+All pictures that are measured on are held out: other parts than those that the model saw, 400 of each type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from edgead.exporter.export import export_bundle
+from edgead.runtime.image import encode_png
+from edgead.runtime.inspector import Inspector
+from edgead.runtime.knowledge import Pack, head_feeds
+from edgead.runtime.spec import Preprocessing
+from edgead.server_side.detectors import alfa, anomalous_few_shot, april_gan, normality, winclip
+from edgead.server_side.detectors.sentences import normality_row
+from edgead.server_side.detectors.text_heads import STATE, TABLE
+from edgead.server_side.fitting import FitOptions, fit_memory_bank
+from edgead.server_side.learned import Learned
+from edgead.server_side.metrics import auroc
+from edgead.server_side.prompts.ensembles import NORMAL_STATES, WINCLIP_TEMPLATES, compose
+from edgead.server_side.prompts.ensembles import winclip as winclip_prompts
+from edgead.server_side.prompts.prompt_set import StateWords, write_prompt_set
+from edgead.server_side.vision_language import VisionLanguageModel, load_model
+from edgead.server_side.vision_language.options import VisionLanguageOptions
+
+pytestmark = pytest.mark.slow
+
+PARTS = 400
+OTHERS = ("hole", "scratch", "stain")
+
+
+class Scores(NamedTuple):
+    """Of all held-out pictures: image scores and maxima of the anomaly map, [n] each."""
+
+    score: NDArray[np.float64]
+    top: NDArray[np.float64]
+
+
+class Held(NamedTuple):
+    """Held-out pictures uint8 [n, S, S, 3], their masks bool [n, S, S], and their kinds ('good', 'thread', ...) [n]."""
+
+    images: NDArray[np.uint8]
+    masks: NDArray[np.bool_]
+    kinds: NDArray[np.str_]
+
+    def against_good(self, kind: str, scores: NDArray[np.float64]) -> float:
+        """AUROC of one kind of defect against good parts."""
+        chosen = (self.kinds == "good") | (self.kinds == kind)
+        value = auroc(self.kinds[chosen] == kind, scores[chosen])
+        assert value is not None
+        return value
+
+    def thread_is_normal(self, scores: NDArray[np.float64]) -> float:
+        """AUROC under the changed labels: threads are normal."""
+        value = auroc(np.isin(self.kinds, OTHERS), scores)
+        assert value is not None
+        return value
+
+    def all_defects(self, scores: NDArray[np.float64]) -> float:
+        """AUROC of all defects against good parts."""
+        value = auroc(self.kinds != "good", scores)
+        assert value is not None
+        return value
+
+
+@pytest.fixture(scope="module")
+def held(painted: ModuleType) -> Held:
+    return Held(*painted.paint(PARTS, seed=777))
+
+
+@pytest.fixture(scope="module")
+def model(carpet_clip: Any) -> VisionLanguageModel:
+    return load_model(str(carpet_clip.config), carpet_clip.checkpoint)
+
+
+@pytest.fixture(scope="module")
+def options(carpet_clip: Any) -> VisionLanguageOptions:
+    return VisionLanguageOptions(
+        model=str(carpet_clip.config),
+        weights=carpet_clip.checkpoint,
+        projections=carpet_clip.projections,
+        class_name="carpet",
+        product="carpet",
+    )
+
+
+@pytest.fixture(scope="module")
+def normals(painted: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """120 photographs of good parts, neither trained on nor measured on."""
+    folder = tmp_path_factory.mktemp("normals")
+    for number, image in enumerate(painted.paint(120, seed=555, kinds=()).images):
+        (folder / f"{number:03d}.png").write_bytes(encode_png(image))
+    return sorted(folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def normality_file(options: VisionLanguageOptions, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("normality") / "normality.detector"
+    normality.learn([], options).write(path)
+    return path
+
+
+@pytest.fixture(scope="module", params=["april-gan", "winclip", "memory-bank"])
+def inspector(
+    request: pytest.FixtureRequest,
+    options: VisionLanguageOptions,
+    normals: list[Path],
+    normality_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Inspector]:
+    """A bundle with a normality detector, on the runtime: zero-shot, but for the memory bank."""
+    folder = tmp_path_factory.mktemp("bundle")
+    path = folder / "base.detector"
+    if request.param == "april-gan":
+        april_gan.learn([], options).write(path)
+    elif request.param == "winclip":
+        winclip.learn([], options).write(path)
+    else:
+        size = Preprocessing(options_side(options), options_side(options))
+        fit_memory_bank(normals[0].parent, path, FitOptions(preprocessing=size, rows=1000, product="carpet"))
+    bundle = export_bundle(path, folder / "base.bundle", ["onnx"], normality=normality_file)
+    with Inspector(bundle, suppression="eager") as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def before(inspector: Inspector, held: Held) -> Scores:
+    return scores(inspector, held)
+
+
+def options_side(options: VisionLanguageOptions) -> int:
+    return load_model(options.model, options.weights).size[0]
+
+
+def scores(inspector: Inspector, held: Held) -> Scores:
+    found = [inspector.inspect(image) for image in held.images]
+    tops = [-1.0 if one.anomaly_map is None else float(one.anomaly_map.max()) for one in found]
+    return Scores(np.array([one.score for one in found], np.float64), np.array(tops))
+
+
+def calling_normal(pack: Pack, model: VisionLanguageModel, text: str) -> Pack:
+    added, normal, row = normality_row(model, text, "carpet")
+    arrays = normality.normality_arrays(model, added[None], normal[None], [row])
+    return dataclasses.replace(pack, arrays={**pack.arrays, **arrays})
+
+
+def test_held_out_defects_are_found_without_a_single_photograph(
+    inspector: Inspector, before: Scores, held: Held
+) -> None:
+    if inspector.spec.method == "memory-bank":
+        pytest.skip("a memory bank is made of photographs")
+    assert held.all_defects(before.score) > 0.9
+    assert held.all_defects(before.top) > 0.9
+
+
+def test_the_sentence_thread_lets_threads_pass_and_leaves_other_defects_alone(
+    inspector: Inspector, before: Scores, held: Held, model: VisionLanguageModel
+) -> None:
+    for kind in ("good", "thread", *OTHERS):
+        assert (held.kinds == kind).sum() >= PARTS
+    pack = inspector.knowledge()
+    inspector.swap(calling_normal(pack, model, "thread"))
+    try:
+        after = scores(inspector, held)
+    finally:
+        inspector.swap(pack)
+    for name in Scores._fields:
+        old, new = getattr(before, name), getattr(after, name)
+        assert held.thread_is_normal(new) - held.thread_is_normal(old) >= 0.1
+        for kind in OTHERS:
+            assert abs(held.against_good(kind, new) - held.against_good(kind, old)) < 0.02
+
+
+def features(learned: Learned, images: NDArray[np.uint8]) -> list[torch.Tensor]:
+    """A trunk's features of frames of its size, in torch."""
+    with torch.inference_mode():
+        parts = [learned.trunk(torch.from_numpy(images[at : at + 50])) for at in range(0, len(images), 50)]
+    return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+
+def outputs(learned: Learned, seen: list[torch.Tensor]) -> dict[str, NDArray[Any]]:
+    """A head's outputs for features of its trunk, in torch."""
+    feeds = [torch.from_numpy(array.copy()) for array in head_feeds(learned.pack, learned.spec).values()]
+    found = []
+    with torch.inference_mode():
+        for at in range(0, len(seen[0]), 50):
+            found.append([part.numpy() for part in learned.head(*(part[at : at + 50] for part in seen), *feeds)])
+    return {port.name: np.concatenate(parts) for port, *parts in zip(learned.spec.outputs, *found, strict=True)}
+
+
+AMBIGUOUS = (
+    "A photo of a carpet for visual inspection",
+    "A good photo of a carpet",
+    "A close-up photo of the carpet",
+)
+"""Planted among the anomalous prompts: they fit every carpet."""
+
+
+def test_contextual_scoring_drops_planted_prompts_that_fit_every_part(
+    held: Held, options: VisionLanguageOptions, tmp_path: Path
+) -> None:
+    clear = winclip_prompts("carpet")
+    shown = Held(*(part[:1000] for part in held))
+    defects = shown.kinds != "good"
+    seen: list[torch.Tensor] = []
+    figures = []
+    for name, prompts in (("clear", clear), ("planted", clear.add(AMBIGUOUS, "anomalous"))):
+        path = tmp_path / f"{name}.json"
+        write_prompt_set(path, prompts)
+        learned = alfa.learn([], dataclasses.replace(options, prompts=path))
+        seen = seen or features(learned, shown.images)
+        figures.append(shown.all_defects(outputs(learned, seen)["score"]))
+        table, state = (torch.from_numpy(learned.pack.arrays[name].copy()) for name in (TABLE, STATE))
+        count = torch.tensor([len(table)], dtype=torch.int32)
+        dropped = (alfa.contextual_scores(seen[0], table, count, state) == 0.0).numpy()
+    planted = np.isin([prompt.text for prompt in prompts.class_prompts()], AMBIGUOUS)
+    assert planted.sum() == len(AMBIGUOUS)
+    # Each of them for nearly every picture, whatever it shows.
+    assert dropped[:, planted].mean(0).min() > 0.8
+    # What says that a part is bad is kept where it is.
+    assert dropped[defects][:, (state.numpy() == 1.0) & ~planted].mean() < 0.1
+    assert min(figures) > 0.9
+    assert abs(figures[1] - figures[0]) < 0.01
+
+
+def test_one_sample_in_the_anomalous_bank_finds_a_defect_that_no_prompt_names(
+    painted: ModuleType, held: Held, options: VisionLanguageOptions, tmp_path: Path
+) -> None:
+    states = StateWords(NORMAL_STATES, ("{} with a hole", "{} with a torn hole"))
+    write_prompt_set(tmp_path / "holes.json", compose("carpet", states, WINCLIP_TEMPLATES, method="holes"))
+    words = dataclasses.replace(options, prompts=tmp_path / "holes.json")
+    shown = Held(*(part[:500] for part in held))
+    learned = anomalous_few_shot.learn([], words)
+    seen = features(learned, shown.images)
+    before = outputs(learned, seen)["score"]
+    for kind in ("thread", "stain"):
+        sample = painted.paint(1, seed=9, kinds=(kind,))
+        image, mask = tmp_path / f"{kind}.png", tmp_path / f"{kind}_mask.png"
+        image.write_bytes(encode_png(sample.images[1]))
+        mask.write_bytes(encode_png(np.repeat(sample.masks[1][..., None] * np.uint8(255), 3, axis=2)))
+        after = outputs(anomalous_few_shot.learn([], words, [(image, mask)]), seen)["score"]
+        assert shown.against_good(kind, after) > shown.against_good(kind, before) + 0.1
+        assert shown.against_good(kind, after) > 0.8
