@@ -104,27 +104,13 @@ def add(
       edgead normality add part.bundle --class carpet "stain" --knowledge thread.delta -o stain.delta
     """
     from edgead.runtime.bundle import open_bundle
-    from edgead.runtime.bundle_manifest import NORMALITY_TABLE
-    from edgead.runtime.notes import read_note
     from edgead.server_side import normalities as room
 
     refuse_existing(output, force)
     opened = open_bundle(bundle, verify=False)
-    record = room.normality_of(opened)
+    room.normality_of(opened)
     before = room.current(opened, knowledge, product)
-    room.refuse_known(before, sentence)
-    prompts = _prompts(sentence, class_name, domain, phrases, words, as_json)
-    note = read_note(before, NORMALITY_TABLE)
-    name, weights = _encoder(record, note, model, model_weights)
-    # torch comes with these imports, so mistakes in words and files are told before.
-    from edgead.server_side.detectors.sentences import normality_rows
-    from edgead.server_side.vision_language import load_model
-
-    encoder = load_model(name, weights)
-    room.check_model(record, encoder.name, encoder.weights_sha256)
-    added, normal, rows = normality_rows(encoder, prompts)
-    place = [row["text"] for row in rows].index(_only(prompts, sentence))
-    after = room.with_sentence(opened, before, added[place], normal[place], rows[place])
+    after = taught(opened, before, sentence, class_name, domain, phrases, model, model_weights, words, as_json)
     _finish(opened, before, after, output, force, as_json, check, now_normal, target, f"added {sentence!r}")
 
 
@@ -209,6 +195,53 @@ def remove(
     before = room.current(opened, knowledge, product)
     after = room.without_sentence(before, sentence)
     _finish(opened, before, after, output, force, as_json, check, now_normal, target, f"removed {sentence!r}")
+
+
+def taught(
+    bundle: Bundle,
+    before: Pack,
+    sentence: str,
+    class_name: str,
+    domain: str,
+    phrases: Path | None,
+    model: str | None,
+    model_weights: str | None,
+    words: dict[str, Any],
+    as_json: bool,
+) -> Pack:
+    """Knowledge with one sentence more.
+
+    Args:
+        bundle: with a normality detector.
+        before: what the cameras have.
+        sentence: what is normal from now on.
+        class_name, domain: what the part is, and the kind of image.
+        phrases: own descriptions; None for curated ones, or those of a language model.
+        model, model_weights: the text encoder; the bundle's if None.
+        words: options of `llm_options`.
+        as_json: whether what a language model says goes to standard error.
+
+    Raises:
+        BundleError, InputError, KnowledgeError, PromptError: see `edgead normality add`.
+    """
+    from edgead.runtime.bundle_manifest import NORMALITY_TABLE
+    from edgead.runtime.notes import read_note
+    from edgead.server_side import normalities as room
+
+    record = room.normality_of(bundle)
+    room.refuse_known(before, sentence)
+    prompts = _prompts(sentence, class_name, domain, phrases, words, as_json)
+    note = read_note(before, NORMALITY_TABLE)
+    name, weights = _encoder(record, note, model, model_weights)
+    # torch comes with these imports, so mistakes in words and files are told before.
+    from edgead.server_side.detectors.sentences import normality_rows
+    from edgead.server_side.vision_language import load_model
+
+    encoder = load_model(name, weights)
+    room.check_model(record, encoder.name, encoder.weights_sha256)
+    added, normal, rows = normality_rows(encoder, prompts)
+    place = [row["text"] for row in rows].index(_only(prompts, sentence))
+    return room.with_sentence(bundle, before, added[place], normal[place], rows[place])
 
 
 def _prompts(

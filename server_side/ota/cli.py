@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgead.runtime.errors import InputError
-from edgead.server_side.ota import cli_keys
+from edgead.server_side.ota import cli_flows, cli_keys
 from edgead.server_side.ota.cli_options import (
     FOLDER,
     JSON,
@@ -42,7 +42,7 @@ def ota() -> None:
     """
 
 
-for _command in cli_keys.COMMANDS:
+for _command in (*cli_keys.COMMANDS, *cli_flows.COMMANDS):
     ota.add_command(_command)
 
 
@@ -71,7 +71,9 @@ def publish(
       edgead ota publish updates/ carpet.edgead --keys keys/ --passphrase-env EDGEAD_KEYS
       edgead ota publish updates/ thread.delta --keys keys/ --passphrase-env EDGEAD_KEYS
     """
+    from edgead.runtime.provenance_file import provenance_beside
     from edgead.server_side.ota import publish as room
+    from edgead.server_side.ota.provenance import keep_provenance
 
     with open_for_change(folder, keys, passphrase_env) as (repository, keyring):
         done: list[Published] = []
@@ -83,6 +85,9 @@ def publish(
                 done.append(room.publish_pack(repository, pack, calibrated=calibrated))
             if done[-1].files:
                 repository.commit(keyring)
+            record = provenance_beside(path)
+            if record is not None and record.product in repository.settings.products:
+                keep_provenance(repository, record)
     put = [item for one in done for item in one.files]
     skipped = [reason for one in done for reason in one.skipped]
     content = {

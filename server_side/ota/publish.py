@@ -112,6 +112,7 @@ def publish_bundle(repository: Repository, path: Path) -> Published:
         if repository.find(pack_path(product, pack.digest)) is None:
             data = encode_pack(pack)
             repository.add(pack_path(product, pack.digest), data)
+            _count_ids(repository, pack)
             done.files.append((pack_path(product, pack.digest), len(data)))
     return done
 
@@ -158,6 +159,7 @@ def publish_pack(repository: Repository, pack: Pack, *, calibrated: bool = False
         _check_calibration(pack, _before(repository, product, releases, list(initial.values())))
     data = encode_pack(pack)
     repository.add(whole, data)
+    _count_ids(repository, pack)
     done.files.append((whole, len(data)))
     bases = dict.fromkeys(release.product_packs[product] for release in reversed(releases))
     published = packs_of(repository, product)
@@ -266,6 +268,14 @@ def prune(repository: Repository, product: str, new: str, releases: list[Release
             repository.drop(path)
             dropped.append(path)
     return dropped
+
+
+def _count_ids(repository: Repository, pack: Pack) -> None:
+    """Remember the row ids that a pack uses, so that none of them is given out again."""
+    known = repository.settings.next_ids
+    last = max((int(pack.ids(bank)[-1]) for bank in pack.banks if len(pack.ids(bank))), default=0)
+    if last >= known.get(pack.product, 1):
+        repository.change_settings(next_ids={**known, pack.product: last + 1})
 
 
 def _released(repository: Repository, product: str) -> set[str]:

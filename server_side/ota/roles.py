@@ -55,6 +55,8 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
     """Bits of the knowledge role's hash bins: 2**bins of them; 0 for a delegation of each product's own."""
     keep: int = 3
     """How many of a product's releases devices can still be given, and get deltas from."""
+    next_ids: dict[Name, int] = msgspec.field(default_factory=dict)
+    """By product, the first row id that was never published: rows are numbered here alone, upwards."""
     days: dict[str, int] = msgspec.field(default_factory=lambda: dict(DAYS))
 
 
