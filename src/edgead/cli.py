@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "normality": ("edgead.server_side.normality_cli:normality", "Teach a bundle what is normal by a sentence."),
     "ota": ("edgead.server_side.ota.cli:ota", "Publish signed updates for a fleet of cameras."),
+    "device": ("edgead.runtime.device_cli:device", "Keep a camera up to date, with a way back."),
     "knowledge": ("edgead.server_side.knowledge_cli:knowledge", "See, change, sign and trace memory banks."),
     "backbone": ("edgead.server_side.backbones.cli:backbone", "Show or distil the embedded backbone."),
 }
