@@ -29,7 +29,6 @@ from edgead.runtime.errors import (
     RollbackError,
     StorageError,
     StoreBusyError,
-    StoreDamagedError,
     storage_errors,
 )
 from edgead.runtime.knowledge import decode_pack, encode_pack
@@ -230,8 +229,8 @@ class Store(StoreView):
             that it ought to have been and there is none to go back to.
 
         Raises:
-            StoreDamagedError: no release is whole here; names what to fetch.
-            OutOfMemoryError: too large for this machine.
+            StoreDamagedError: no release is whole here; names what to fetch for the active one.
+            OutOfMemoryError: the active release is too large for this machine, and there is no other.
         """
         faults: list[EdgeadError] = []
         for step in (self._clean, self._count_start):
@@ -240,14 +239,14 @@ class Store(StoreView):
             except StorageError as error:
                 faults.append(error)
         state = self.state()
+        errors: list[EdgeadError] = []
         for digest in (state.active, state.previous):
             if digest is not None:
                 try:
-                    return with_fields(self._load(digest), faults=tuple(faults))
+                    return with_fields(self._load(digest), faults=(*faults, *errors))
                 except EdgeadError as error:
-                    faults.append(error)
-        fetch = [error for error in faults if isinstance(error, StoreDamagedError)]
-        raise fetch[0] if fetch else nothing("active")
+                    errors.append(error)
+        raise errors[0] if errors else nothing("active")
 
     def confirm(self, digest: str) -> None:
         """The active release has proved itself.

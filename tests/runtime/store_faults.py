@@ -12,6 +12,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -514,6 +515,42 @@ def _task_file_limit(folder: Path, limit: str) -> None:
         print("StorageError", error)
 
 
+def _task_mount(home: Path) -> None:
+    """Update on file systems of ever more pages, until there are enough; then on a read-only one."""
+    place = home / "mounted"
+    place.mkdir()
+    for pages in itertools.count(11):
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={4 * pages}k", "none", place], check=True)
+        try:
+            shutil.copytree(home / "base", place / "store")
+            store = Store(place / "store", reserve_bytes=0)
+            said = ""
+            try:
+                update(store)
+            except StorageError as error:
+                said = str(error)
+            assert not leftovers(place)
+            check_whole(Store(place / "store").start(), [OLD, NEW])
+            if said:
+                print("refused:", said)
+                subprocess.run(["mount", "-o", "remount,size=9m", place], check=True)
+                recover(place / "store", [OLD, NEW])
+                continue
+            install(store, LATER, confirmed=False)
+            subprocess.run(["mount", "-o", "remount,ro", place], check=True)
+            active = Store(place / "store").start()
+            check_whole(active, [LATER])
+            print("read-only:", *active.faults)
+            try:
+                store.rollback("a trial")
+            except StorageError as error:
+                print("kept:", error)
+            check_whole(store.active(), [LATER])
+            return
+        finally:
+            subprocess.run(["umount", place], check=True)
+
+
 if __name__ == "__main__":
     task, place, *words = sys.argv[1:]
     {
@@ -521,4 +558,5 @@ if __name__ == "__main__":
         "update": _task_update,
         "memory": _task_memory,
         "file-limit": _task_file_limit,
+        "mount": _task_mount,
     }[task](Path(place), *words)

@@ -234,6 +234,26 @@ def test_a_file_that_the_system_really_refuses_to_let_grow_is_no_update(store_fo
     faults.recover(store_folder, [OLD])
 
 
+def may_mount(folder: Path) -> bool:
+    """Whether this machine lets a test have a file system of its own."""
+    words = ["unshare", "-m", "mount", "-t", "tmpfs", "none", str(folder)]
+    return shutil.which("unshare") is not None and subprocess.run(words, capture_output=True).returncode == 0
+
+
+def test_file_systems_that_are_really_full_or_read_only_cost_nothing(base: Path, tmp_path: Path) -> None:
+    if not may_mount(tmp_path):
+        pytest.skip("mounting a file system needs rights that this user does not have here")
+    shutil.copytree(base, tmp_path / "base")
+    words = ["unshare", "-m", sys.executable, "-B", str(HELPER), "mount", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    *full, read_only, kept = done.stdout.splitlines()
+    assert len(full) >= 3
+    assert any("No space left" in line for line in full)
+    assert "Read-only file system" in read_only
+    assert "Read-only file system" in kept
+
+
 def test_a_full_disk_is_seen_before_anything_is_written(store_folder: Path) -> None:
     before = faults.snapshot(store_folder)
     with pytest.raises(StorageError, match="Free some space"):
