@@ -51,12 +51,14 @@ class World:
         tiny: the module of the tiny detector.
         packs: published, oldest first.
         now: gives the publisher's time.
+        signers: keys that were decrypted, by name.
     """
 
     home: Path
     tiny: ModuleType
     packs: list[Pack]
     now: Callable[[], Any] = field(default=utc_now)
+    signers: dict[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -68,6 +70,8 @@ class World:
 
     def keyring(self, *kinds: str) -> Keyring:
         ring = Keyring([self.home / "keys"], lambda purpose: ["correct horse battery staple"])
+        # To decrypt a key is slow on purpose; once is enough.
+        ring._opened = self.signers
         if kinds:
             ring.records = {keyid: record for keyid, record in ring.records.items() if record.role in kinds}
         return ring
@@ -79,7 +83,7 @@ class World:
 
     def copy(self, home: Path) -> World:
         shutil.copytree(self.home, home, dirs_exist_ok=True)
-        return World(home, self.tiny, list(self.packs))
+        return World(home, self.tiny, list(self.packs), signers=self.signers)
 
     def pack(self, added: int = 3, base: Pack | None = None) -> Pack:
         return grown(base or self.packs[-1], added)
@@ -139,8 +143,8 @@ class World:
             metadata = Metadata(repository.role(role).signed)
             metadata.signed.version += 1
             change(metadata.signed)
-            for signer in self.keyring(*signing).records.values():
-                metadata.sign(self.keyring()._open(signer), append=True)
+            for record in self.keyring(*signing).records.values():
+                metadata.sign(self.keyring()._open(record), append=True)
             version = metadata.signed.version
             (self.folder / "metadata" / f"{version}.{role}.json").write_bytes(metadata.to_bytes())
             repository.snapshot.signed.meta[f"{role}.json"] = MetaFile(version)
