@@ -242,6 +242,7 @@ def test_a_defect_becomes_rows_of_the_anomalous_bank_on_the_pilot_cameras(
     assert taught.arrays["bank.anomalous"].tolist() == [[31.0] * 3]
 
 
+@pytest.mark.slow
 def test_a_sentence_becomes_a_signed_release_of_kilobytes(
     line: Line, normality_pair: Any, tmp_path: Path, helpers: dict[str, Any]
 ) -> None:
