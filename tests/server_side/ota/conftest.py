@@ -21,9 +21,10 @@ pytest.importorskip("tuf")
 from tuf.api.metadata import Metadata, MetaFile, TargetFile, Targets
 from tuf.ngclient import Updater
 
+from edgead.runtime.bundle import golden_files, write_bundle
 from edgead.runtime.disk import Disk
 from edgead.runtime.knowledge import Pack
-from edgead.runtime.spec import Calibration
+from edgead.runtime.spec import Calibration, EngineRecord
 from edgead.server_side.ota.init import create
 from edgead.server_side.ota.keys import Keyring
 from edgead.server_side.ota.publish import publish_bundle, publish_pack
@@ -169,7 +170,22 @@ def first_pack(tiny: ModuleType) -> Pack:
 
 @pytest.fixture(scope="session")
 def bundle_file(tiny: ModuleType, first_pack: Pack, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path: Path = tiny.bundle(tmp_path_factory.mktemp("ota") / "tiny.edgead", [first_pack]).path
+    """The tiny detector with true scores of its golden images, so that it passes the engine test of a device."""
+    path = tmp_path_factory.mktemp("ota") / "tiny.edgead"
+    rows = first_pack.arrays["bank.normal"]
+    frames = [tiny.frame(), tiny.frame(200)]
+    scores = [float(np.linalg.norm(rows - frame[0, 0], axis=1).min()) for frame in frames]
+    golden, pictures = golden_files(np.stack(frames), scores, [False, True])
+    graphs = {"engines/trunk.onnx": tiny.trunk_graph(), "engines/head.onnx": tiny.head_graph()}
+    write_bundle(
+        path,
+        name="tiny",
+        detector=tiny.detector(),
+        engines=[EngineRecord("onnx-fp32", "onnx", "fp32", *graphs, "a test")],
+        packs={"part": first_pack},
+        golden=golden,
+        files=graphs | pictures,
+    )
     return path
 
 

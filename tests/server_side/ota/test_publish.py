@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,12 @@ def deltas_of(repository: Any) -> list[tuple[str, str]]:
     return sorted(tuple(name.removesuffix(".delta").split("-")) for name in names)  # type: ignore[misc]
 
 
-def test_the_same_bundle_as_folder_and_as_file_is_one_engine(place: Any, tmp_path: Path) -> None:
-    folder = place.tiny.bundle(tmp_path / "tiny.bundle", place.packs[:1]).path
+def test_the_same_bundle_as_folder_and_as_file_is_one_engine(place: Any, tmp_path: Path, bundle_file: Path) -> None:
+    folder = tmp_path / "tiny.bundle"
+    with zipfile.ZipFile(bundle_file) as archive:
+        archive.extractall(folder)
+    (folder / "compiled").mkdir()
+    (folder / "compiled" / "plan.engine").write_bytes(b"of this device alone")
     with place.opened() as repository:
         assert publish_bundle(repository, folder).files == []
         assert len(engines_of(repository)) == 1
