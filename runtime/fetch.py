@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 from urllib.request import url2pathname
 
 from edgead import __version__
@@ -41,6 +41,8 @@ from edgead.runtime.fetch_rules import (
 )
 
 _CHUNK = 64 * 2**10
+_SAFE = "!#$%&'()*+,/:;=?@[]~"
+"""What an address may hold as it is; the names of targets are parts of addresses already."""
 _OLD = ".old"
 """What the name of a part ends with while it is copied into its successor."""
 
@@ -248,7 +250,7 @@ class Fetcher:
                 most = max(0.01, min(2.0 * self.limits.gap_s, end - time.monotonic()))
                 with _ended_after(connection, most):
                     self._arm(connection, end)
-                    target = where.path + (f"?{where.query}" if where.query else "")
+                    target = quote(where.path + (f"?{where.query}" if where.query else ""), safe=_SAFE)
                     connection.request("GET", target or "/", headers=headers)
                     return connection, connection.getresponse()
             except (http.client.RemoteDisconnected, ConnectionError):

@@ -65,6 +65,8 @@ class TrustedRepository:
         fetcher: gets the files.
         now: seconds since 1970 in UTC, by this device's clock.
         last_seen: latest time that signed metadata ever named here.
+        targets_url: where targets lie; `url` is then that of the metadata itself.
+        dated: whether its timestamp says when it was made, as those that edgead publishes do.
 
     Raises:
         MissingDependencyError: TUF is not installed.
@@ -73,11 +75,24 @@ class TrustedRepository:
         StorageError: the cache cannot be written.
     """
 
-    def __init__(self, url: str, root: bytes, cache: Path, fetcher: Fetcher, *, now: float, last_seen: int) -> None:
+    def __init__(
+        self,
+        url: str,
+        root: bytes,
+        cache: Path,
+        fetcher: Fetcher,
+        *,
+        now: float,
+        last_seen: int = 0,
+        targets_url: str | None = None,
+        dated: bool = True,
+    ) -> None:
         check_clock(now, last_seen)
+        base = url.rstrip("/")
         self._now = now
         self._last_seen = last_seen
-        self._targets_url = f"{url.rstrip('/')}/targets"
+        self._targets_url = f"{base}/targets" if targets_url is None else targets_url.rstrip("/")
+        self._dated = dated
         self._cache = cache
         self._fetcher = fetcher
         client, config = _tuf()
@@ -85,7 +100,7 @@ class TrustedRepository:
             _tidy(cache)
             self._updater = client(
                 str(cache),
-                f"{url.rstrip('/')}/metadata/",
+                f"{base}/metadata/" if targets_url is None else f"{base}/",
                 fetcher=tuf_fetcher(fetcher),
                 config=config(timestamp_max_length=TIMESTAMP_BYTES),
                 bootstrap=root,
@@ -108,6 +123,8 @@ class TrustedRepository:
         """
         with _foreign(self._cache):
             self._updater.refresh()
+            if not self._dated:
+                return self._last_seen
             made = _made(json.loads((self._cache / "timestamp.json").read_bytes()))
         check_made(made, self._last_seen, self._now)
         return made
@@ -125,10 +142,11 @@ class TrustedRepository:
         sha256 = found.hashes.get("sha256", "")
         if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
             raise UntrustedError(wanted=f"a SHA-256 of {path}", got="none", next_step="Publish it with edgead.")
-        folder, _, name = path.rpartition("/")
-        # Contents lie under the first hash that is signed.
-        first = next(iter(found.hashes.values()))
-        return Target(path, f"{self._targets_url}/{folder}/{first}.{name}", found.length, sha256)
+        folder, slash, name = path.rpartition("/")
+        if self._updater._trusted_set.root.consistent_snapshot:
+            # Contents lie under the first hash that is signed.
+            name = f"{next(iter(found.hashes.values()))}.{name}"
+        return Target(path, f"{self._targets_url}/{folder}{slash}{name}", found.length, sha256)
 
     def read(self, path: str, most: int, *, kept: dict[str, bytes] | None = None) -> bytes | None:
         """The content of a small target; None if there is none.
