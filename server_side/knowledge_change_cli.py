@@ -22,7 +22,7 @@ _PATH = click.Path(path_type=Path)
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
-def _common(command: _Command) -> _Command:
+def common_options(command: _Command) -> _Command:
     """The options of every change."""
     options = [
         click.option(
@@ -65,7 +65,7 @@ def _common(command: _Command) -> _Command:
 @click.option("--rows", type=_PATH, metavar="FILE.npy", help="Rows of your own, float [n, D], for --bank.")
 @click.option("--novelty", type=click.FloatRange(0), help="Distance from the bank up to which a patch is known.")
 @click.option("--most", type=click.IntRange(1), default=512, show_default=True, help="Most rows to add to each bank.")
-@_common
+@common_options
 def add(
     bundle: Path,
     normal: Path | None,
@@ -102,7 +102,7 @@ def add(
 
     paths = list_images(normal) if normal is not None else []
     samples = anomalous_samples(anomalous)
-    with _judged(bundle, words, [*paths, *(path for path, _ in samples)]) as (state, judge):
+    with judged(bundle, words, [*paths, *(path for path, _ in samples)]) as (state, judge):
         spec = state.bundle.manifest.detector
         levels: dict[str, float] | None = None
         if rows is not None:
@@ -121,7 +121,7 @@ def add(
             offered = made.anomalous_rows(judge.inspector, samples, banks, known, state.pack)
             levels = {}
         change = room.add_rows(state, judge, offered, levels=levels, most=most)
-    _finish(bundle, change, words, as_json)
+    finish(bundle, change, words, as_json)
 
 
 @click.command()
@@ -132,7 +132,7 @@ def add(
 @click.option("--count", type=click.IntRange(1), help="With --like: so many rows; 16 if neither is given.")
 @click.option("--radius", type=click.FloatRange(0), help="With --like: all rows within this distance.")
 @click.option("--mask", type=_PATH, metavar="IMAGE", help="With --like: only what it marks.")
-@_common
+@common_options
 def remove(
     bundle: Path,
     ids: tuple[int, ...],
@@ -165,7 +165,7 @@ def remove(
     refuse_existing(words["output"], words["force"])
     from edgead.server_side import knowledge_tools as room
 
-    with _judged(bundle, words) as (state, judge):
+    with judged(bundle, words) as (state, judge):
         forgotten: set[str] = set()
         if ids:
             rows = room.rows_named(state.pack, ids, bank)
@@ -177,7 +177,7 @@ def remove(
             banks = [bank] if bank is not None else list(_banks(state, anomalous=False))
             rows = room.rows_like(state, judge, like, banks, count=count, radius=radius, mask=mask)
         change = room.remove_rows(state, judge, rows, forgotten=forgotten)
-    _finish(bundle, change, words, as_json)
+    finish(bundle, change, words, as_json)
 
 
 @click.command()
@@ -186,7 +186,7 @@ def remove(
 @click.option("--most-rows", type=click.IntRange(1), help="Most rows of each bank.")
 @click.option("--most-bytes", type=click.IntRange(1), help="Most bytes of the pack.")
 @click.option("--most-ms", type=click.FloatRange(0, min_open=True), help="Most milliseconds a frame on this machine.")
-@_common
+@common_options
 def merge(
     bundle: Path,
     other: Path,
@@ -212,14 +212,14 @@ def merge(
     from edgead.server_side.knowledge_merge import Caps, merge_packs
 
     theirs = knowledge_view.load(other)
-    with _judged(bundle, words) as (state, judge):
+    with judged(bundle, words) as (state, judge):
         records = [] if theirs.provenance is None else [theirs.provenance]
         change = merge_packs(state, judge, theirs.pack, records, Caps(most_rows, most_bytes, most_ms))
-    _finish(bundle, change, words, as_json)
+    finish(bundle, change, words, as_json)
 
 
 @contextmanager
-def _judged(bundle: Path, words: dict[str, Any], taught: Sequence[Path] = ()) -> Iterator[tuple[State, Judge]]:
+def judged(bundle: Path, words: dict[str, Any], taught: Sequence[Path] = ()) -> Iterator[tuple[State, Judge]]:
     """What is there, and who judges the change; mistakes in the folders are told before anything is computed."""
     from edgead.runtime.image import list_images
     from edgead.runtime.inspector import Inspector
@@ -271,7 +271,7 @@ def _one_bank(state: State, wanted: str | None) -> tuple[str, ...]:
     return (banks[0],)
 
 
-def _finish(bundle: Path, change: BankChange, words: dict[str, Any], as_json: bool) -> None:
+def finish(bundle: Path, change: BankChange, words: dict[str, Any], as_json: bool) -> None:
     from edgead.runtime.provenance_file import provenance_path, write_with_provenance
     from edgead.runtime.tables import bytes_text
     from edgead.server_side.calibration import statement
@@ -279,7 +279,7 @@ def _finish(bundle: Path, change: BankChange, words: dict[str, Any], as_json: bo
     output: Path = words["output"]
     size = write_with_provenance(output, change.before, change.after, change.provenance, force=words["force"])
     before, after = change.before.calibration, change.after.calibration
-    judged = change.judged
+    verdicts = change.judged
     if as_json:
         content: dict[str, Any] = {
             "output": str(output),
@@ -292,8 +292,8 @@ def _finish(bundle: Path, change: BankChange, words: dict[str, Any], as_json: bo
             "rows": {bank: len(change.after.ids(bank)) for bank in change.after.banks},
             "next_id": change.provenance.next_id,
             "threshold": [before.threshold, after.threshold],
-            "false_alarms": _counts(judged.false_alarms),
-            "misses": None if judged.misses is None else _counts(judged.misses),
+            "false_alarms": _counts(verdicts.false_alarms),
+            "misses": None if verdicts.misses is None else _counts(verdicts.misses),
             "notes": list(change.notes),
         }
         click.echo(json.dumps(content, sort_keys=True))
@@ -306,7 +306,7 @@ def _finish(bundle: Path, change: BankChange, words: dict[str, Any], as_json: bo
     for note in change.notes:
         click.echo(f"  {note}")
     click.echo(f"  threshold        {before.threshold:.4g} -> {after.threshold:.4g}{_of(before, after)}")
-    click.echo(f"  {judged.summary()}")
+    click.echo(f"  {verdicts.summary()}")
     click.echo(f"  {statement(after)}")
     chain = [*words["knowledge"], output] if kind == "delta" else [output]
     click.echo(f"next: edgead run {bundle} PICTURES {' '.join(f'--knowledge {path}' for path in chain)}")

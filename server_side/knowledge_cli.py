@@ -17,6 +17,7 @@ import click
 from edgead.runtime.errors import InputError, storage_errors
 from edgead.runtime.files import refuse_existing
 from edgead.server_side.knowledge_change_cli import add, merge, remove
+from edgead.server_side.knowledge_sentences import sentences
 
 if TYPE_CHECKING:
     from edgead.server_side.knowledge_view import Loaded
@@ -43,6 +44,7 @@ def knowledge() -> None:
 knowledge.add_command(add)
 knowledge.add_command(remove)
 knowledge.add_command(merge)
+knowledge.add_command(sentences)
 
 
 @knowledge.command()

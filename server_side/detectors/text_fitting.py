@@ -12,14 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgead.runtime.errors import InputError
-from edgead.runtime.notes import NOTE, encode_note
 from edgead.runtime.progress import Progress
 from edgead.runtime.spec import Preprocessing
-from edgead.server_side.detectors.text_heads import STATE, TABLE
 from edgead.server_side.learned import Arrays, Modules, split_normals
 from edgead.server_side.photographs import read_photograph
-from edgead.server_side.prompts.prompt_set import STATES, PromptSet, read_prompt_set
-from edgead.server_side.vision_language import VisionLanguageModel, VisionTower, encode_texts, load_model, tower_of
+from edgead.server_side.prompts.prompt_set import PromptSet, read_prompt_set
+from edgead.server_side.vision_language import VisionLanguageModel, VisionTower, load_model, make_table, tower_of
 from edgead.server_side.vision_language.options import VisionLanguageOptions
 
 Ensemble = Callable[[str, str], PromptSet]
@@ -54,18 +52,7 @@ def prompts_for(options: VisionLanguageOptions, ensemble: Ensemble) -> PromptSet
 
 def text_knowledge(model: VisionLanguageModel, prompts: PromptSet) -> dict[str, NDArray[Any]]:
     """`text.table` float32 [T, E], `text.state` float32 [T] and the note that says what the rows are."""
-    rows = prompts.class_prompts()
-    note = {
-        "rows": [{"text": row.text, "state": row.state, "author": row.author} for row in rows],
-        "model": model.name,
-        "weights": model.weights,
-        "weights_sha256": model.weights_sha256,
-    }
-    return {
-        TABLE: encode_texts(model, [row.text for row in rows]),
-        STATE: np.array([STATES.index(row.state) for row in rows], np.float32),
-        TABLE + NOTE: encode_note(note),
-    }
+    return make_table(model, prompts).arrays()
 
 
 def text_facts(model: VisionLanguageModel, prompts: PromptSet) -> dict[str, Any]:

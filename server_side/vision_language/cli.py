@@ -51,7 +51,7 @@ def text_table(prompts: Path, model: str, weights: str | None, output: Path, for
             "states": dict(sorted(states.items())),
             "authors": authors,
             "model": table.model,
-            "weights": {"name": table.weights_name, "sha256": table.weights},
+            "weights": {"name": table.weights, "sha256": table.weights_sha256},
             "prompts_sha256": table.prompts,
         }
         click.echo(json.dumps(summary, sort_keys=True))
@@ -60,4 +60,5 @@ def text_table(prompts: Path, model: str, weights: str | None, output: Path, for
     click.echo(f"  rows        {len(table.rows)} x {table.table.shape[1]}")
     click.echo(f"  states      {states['normal']} normal, {states['anomalous']} anomalous")
     click.echo(f"  authors     {', '.join(f'{name} ({count})' for name, count in authors.items())}")
-    click.echo(f"  model       {table.model}, {table.weights_name} ({table.weights[:12]})")
+    click.echo(f"  model       {table.model}, {table.weights} ({table.weights_sha256[:12]})")
+    click.echo(f"next: edgead knowledge sentences BUNDLE {output} --held-out GOOD_PARTS -o sentences.delta")

@@ -56,8 +56,8 @@ class Row(Struct, frozen=True, forbid_unknown_fields=True):
 class _Note(Struct, frozen=True, forbid_unknown_fields=True):
     rows: tuple[Row, ...]
     model: str
-    weights: Digest
-    weights_name: str
+    weights: str
+    weights_sha256: Digest
     prompts: Digest
 
 
@@ -69,8 +69,8 @@ class TextTable:
         table: float32 [T, E], rows L2-normalised.
         rows: T sentences with their state and author.
         model: name of the model.
-        weights: hex SHA-256 of its weights, as `VisionLanguageModel.weights_sha256`.
-        weights_name: what the weights were called: a tag, a file's name or 'random:SEED'.
+        weights: what its weights were called: a tag, a file's name or 'random:SEED'.
+        weights_sha256: hex SHA-256 of its weights, as `VisionLanguageModel.weights_sha256`.
         prompts: hex SHA-256 over sentences, states and authors.
     """
 
@@ -78,7 +78,7 @@ class TextTable:
     rows: tuple[Row, ...]
     model: str
     weights: str
-    weights_name: str
+    weights_sha256: str
     prompts: str
 
     @property
@@ -134,7 +134,7 @@ def make_table(
     finally:
         if part is not None and done:
             _save(part, key, done)
-    table = TextTable(np.concatenate(done), rows, model.name, model.weights_sha256, model.weights, digest)
+    table = TextTable(np.concatenate(done), rows, model.name, model.weights, model.weights_sha256, digest)
     _check(table, "the encoded sentences")
     return table
 
@@ -198,7 +198,7 @@ def read_table(path: Path) -> TextTable:
         note = msgspec.json.decode(arrays[NOTE].tobytes(), type=_Note)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise _damaged(path, f"a note that does not read ({error})") from error
-    found = TextTable(arrays[TABLE], note.rows, note.model, note.weights, note.weights_name, note.prompts)
+    found = TextTable(arrays[TABLE], note.rows, note.model, note.weights, note.weights_sha256, note.prompts)
     _check(found, str(path))
     if not np.array_equal(arrays[STATE], found.state):
         raise _damaged(path, "states that differ from those of its sentences")
@@ -211,11 +211,11 @@ def check_table(table: TextTable, model: VisionLanguageModel) -> None:
     Raises:
         KnowledgeError: another model, or other weights of it.
     """
-    if table.model != model.name or table.weights != model.weights_sha256:
+    if table.model != model.name or table.weights_sha256 != model.weights_sha256:
         raise KnowledgeError(
             wanted=f"a text table made by {model.name} with the weights {model.weights} "
             f"({model.weights_sha256[:12]}), whose image tower is used",
-            got=f"one by {table.model} with {table.weights_name} ({table.weights[:12]})",
+            got=f"one by {table.model} with {table.weights} ({table.weights_sha256[:12]})",
             next_step="Encode the prompts again with that model: edgead text-table PROMPTS.json --model NAME ...",
         )
 
