@@ -121,13 +121,15 @@ def update(
 
     if once and every is not None:
         raise click.UsageError("--once and --every exclude each other.")
-    updater = DeviceUpdater(Store(folder), read_device(folder), target=target)
+    store = Store(folder)
+    updater = DeviceUpdater(store, read_device(folder), target=target)
 
     def report(outcome: Outcome) -> None:
-        if confirming and outcome.status == "activated":
-            updater.confirm()
         # A disk that is full or read-only does not keep a device from saying so.
         with contextlib.suppress(StorageError):
+            state = store.state()
+            if confirming and state.active is not None and not state.confirmed:
+                updater.confirm()
             note_outcome(folder, outcome, updater.failures)
         click.echo(json.dumps(outcome_fields(outcome)) if as_json else _line(outcome))
 

@@ -34,6 +34,10 @@ class FrameRing:
         self._next: int | None = None
         self._due = float("-inf")
 
+    def due(self, now: float) -> bool:
+        """Whether it is time for a frame."""
+        return now >= self._due
+
     def add(self, frame: NDArray[np.uint8], now: float) -> bool:
         """Keep a frame if it is time for one.
 
@@ -44,7 +48,7 @@ class FrameRing:
         Returns:
             whether it was kept; a disk that refuses is no reason to stop inspecting.
         """
-        if now < self._due:
+        if not self.due(now):
             return False
         self._due = now + self._every
         try:

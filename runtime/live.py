@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -61,6 +62,9 @@ class LiveInspector:
     def __init__(self, active: Active, *, frames: FrameRing | None = None, **options: Any) -> None:
         self._options = options
         self._frames = frames
+        self._writer = ThreadPoolExecutor(1, "edgead-frames")
+        self._written: Future[bool] = Future()
+        self._written.set_result(False)
         self._taking = threading.Lock()
         self._books = threading.Lock()
         self._active = active
@@ -111,8 +115,7 @@ class LiveInspector:
         finally:
             self._end(running)
         self._count(result)
-        if self._frames is not None:
-            self._frames.add(frame, time.monotonic())
+        self._keep(frame)
         return result
 
     def refusal(self, reason: str, product: str | None = None) -> Inspection:
@@ -126,6 +129,7 @@ class LiveInspector:
     def close(self) -> None:
         """Free the engine once the frames in flight are done."""
         self._running.inspector.close()
+        self._writer.shutdown()
 
     def __enter__(self) -> LiveInspector:
         return self
@@ -162,6 +166,12 @@ class LiveInspector:
             last = running.retired and not running.users
         if last:
             running.inspector.close()
+
+    def _keep(self, frame: NDArray[np.uint8]) -> None:
+        """Have a frame written by another thread: to compress it may take longer than to inspect the next one."""
+        now = time.monotonic()
+        if self._frames is not None and self._written.done() and self._frames.due(now):
+            self._written = self._writer.submit(self._frames.add, frame.copy(), now)
 
     def _count(self, result: Inspection) -> None:
         with self._books:

@@ -14,18 +14,19 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from edgead.runtime.bundle import open_bundle
 from edgead.runtime.disk import Disk, RealDisk
 from edgead.runtime.errors import (
     BundleError,
     EdgeadError,
     EngineError,
     EngineMismatchError,
-    FetchError,
     InputError,
     KnowledgeError,
     ReleaseError,
     SelfTestError,
     StoreDamagedError,
+    UpdateError,
 )
 from edgead.runtime.fetch import Fetcher
 from edgead.runtime.fetch_rules import FetchLimits
@@ -37,18 +38,20 @@ from edgead.runtime.self_test import Shadow, engine_test, release_test, shadow_r
 from edgead.runtime.slots import Active, Store
 from edgead.runtime.slots_files import RELEASES
 from edgead.runtime.trust import TrustedRepository
+from edgead.runtime.update_loop import UpdateLoop
 from edgead.runtime.update_outcome import Device, Outcome
 from edgead.runtime.update_parts import Parts
-from edgead.runtime.update_rules import decide, judge_watch, next_poll
+from edgead.runtime.update_rules import decide, judge_watch
 
 DEEP_CHECK_S = 86_400.0
 """Seconds between two checks of every byte of the active release."""
 SHADOW_FRAMES = 16
 """Frames that are replayed at most."""
-_WATCH_S = 0.5
+_WINDOW_S, _FAILURES = 600.0, 0.1
+"""Probation, while no roll-out record says otherwise."""
 
 
-class DeviceUpdater:
+class DeviceUpdater(UpdateLoop):
     """Keeps a device's store at the release that it should have.
 
     `poll` and `watch` may be called from one thread at a time; `run` calls them until it is told to stop.
@@ -82,6 +85,7 @@ class DeviceUpdater:
         rng: random.Random | None = None,
         lock_timeout_s: float = 30.0,
     ) -> None:
+        super().__init__(stop, rng)
         self._store = store
         self._device = device
         self._inspector = inspector
@@ -89,17 +93,13 @@ class DeviceUpdater:
         self._threads = threads
         self._clock = clock
         self._disk = disk or RealDisk()
-        self._stop = stop or threading.Event()
-        self._rng = rng or random.Random()
         self._lock_timeout = lock_timeout_s
         self._limits = limits
         self._fetcher = Fetcher(limits, stop=self._stop, rng=self._rng)
         self._record: Rollout | None = None
         self._rollouts: dict[str, bytes] = {}
         self._checked = float("-inf")
-        self._poke = threading.Event()
-        self.failures = 0
-        """Polls in a row that failed."""
+        self._refused: str | None = None
 
     def poll(self) -> Outcome:
         """Look once for a release, and make it active if there is one that passes.
@@ -114,8 +114,17 @@ class DeviceUpdater:
                 outcome = self._poll()
         except EdgeadError as error:
             outcome = Outcome("failed", error.got[:300], error=error)
+        except Exception as error:  # whatever a foreign library comes up with must not end the updates of a device
+            surprise = UpdateError(
+                wanted="a poll without surprises",
+                got=f"{type(error).__name__}: {error}"[:300],
+                next_step="Report it, with this message; the active release is as it was.",
+            )
+            surprise.__cause__ = error
+            outcome = Outcome("failed", surprise.got, error=surprise)
         finally:
             self._fetcher.close()
+            self._refused = None
         self.failures = self.failures + 1 if outcome.status == "failed" else 0
         active = self._active_release()
         return replace(
@@ -127,32 +136,20 @@ class DeviceUpdater:
         )
 
     def watch(self) -> Outcome | None:
-        """Look at the release that is on probation in the running inspector.
+        """Look at the release that is on probation in the running inspector, and whether it still is the active one.
 
         Returns:
-            whether it was confirmed or rolled back; None while neither.
+            whether it was confirmed or rolled back, or another one taken that another process made active; None while
+            neither.
         """
         if self._inspector is None:
             return None
-        state, health = self._store.state(), self._inspector.health
-        if state.confirmed or state.active != health.digest:
-            return None
-        window = 600.0 if self._record is None else float(self._record.window)
-        threshold = 0.1 if self._record is None else self._record.error_threshold
-        elapsed = time.monotonic() - health.since
-        verdict = judge_watch(health.frames, health.failures, elapsed, window, threshold)
-        if verdict == "wait":
-            return None
         try:
-            if verdict == "confirm":
-                self.confirm(health)
-                outcome = Outcome("confirmed", f"{health.frames} frames, {health.failures} without an answer")
-            else:
-                reason = f"{health.failures} of {health.frames} frames without an answer"
-                self._go_back(reason)
-                outcome = Outcome("rolled back", reason)
+            outcome = self._watch(self._inspector, self._inspector.health)
         except EdgeadError as error:
             outcome = Outcome("failed", error.got[:300], error=error)
+        if outcome is None:
+            return None
         active = self._active_release()
         return replace(outcome, release=None if active is None else active.counter)
 
@@ -171,59 +168,6 @@ class DeviceUpdater:
             raise ReleaseError(wanted="an active release", got="none", next_step="Take one with: edgead device update")
         self._store.confirm(digest)
         self._store.garbage()
-
-    def run(
-        self,
-        interval: float = 60.0,
-        jitter: float = 0.2,
-        stop: threading.Event | None = None,
-        report: Callable[[Outcome], object] = lambda outcome: None,
-    ) -> None:
-        """Poll and watch until it is told to stop.
-
-        Args:
-            interval: seconds between polls.
-            jitter: share of it by which each pause is longer or shorter.
-            stop: ends it; None for that of the updater.
-            report: called with each outcome, on the calling thread.
-        """
-        stop = stop or self._stop
-        # Devices that were switched on together must not come together.
-        due = time.monotonic() + interval * jitter * self._rng.random()
-        poked = float("-inf")
-        while not stop.is_set():
-            now = time.monotonic()
-            if self._poke.is_set() and now - poked >= interval:
-                poked = now
-                self._poke.clear()
-                due = now
-            if now >= due:
-                outcome = self.poll()
-                report(outcome)
-                asked = outcome.error.retry_after if isinstance(outcome.error, FetchError) else None
-                due = time.monotonic() + next_poll(interval, jitter, self.failures, asked, self._rng)
-            seen = self.watch()
-            if seen is not None:
-                report(seen)
-            stop.wait(max(0.0, min(_WATCH_S, due - time.monotonic())))
-
-    def start(
-        self,
-        interval: float = 60.0,
-        jitter: float = 0.2,
-        stop: threading.Event | None = None,
-        report: Callable[[Outcome], object] = lambda outcome: None,
-    ) -> threading.Thread:
-        """`run` on a thread of its own, which ends with the process."""
-        thread = threading.Thread(
-            target=self.run, args=(interval, jitter, stop, report), name="edgead-updater", daemon=True
-        )
-        thread.start()
-        return thread
-
-    def poke(self) -> None:
-        """Somebody says that there is something new. Costs at most one poll more per interval, whoever says it."""
-        self._poke.set()
 
     def _poll(self) -> Outcome:
         state = self._store.state()
@@ -270,14 +214,37 @@ class DeviceUpdater:
         self._store.stage(data)
         return replace(self._install(), way=parts.way)
 
+    def _watch(self, inspector: LiveInspector, health: Health) -> Outcome | None:
+        state = self._store.state()
+        if state.active != health.digest:
+            if state.active is None or state.active == self._refused:
+                return None
+            self._refused = state.active  # once between two polls is enough to try
+            inspector.take(self._store.active())
+            return Outcome("activated", "another process made it active")
+        if state.confirmed:
+            return None
+        window = _WINDOW_S if self._record is None else float(self._record.window)
+        threshold = _FAILURES if self._record is None else self._record.error_threshold
+        elapsed = time.monotonic() - health.since
+        verdict = judge_watch(health.frames, health.failures, elapsed, window, threshold)
+        reason = f"{health.failures} of {health.frames} frames without an answer"
+        if verdict == "confirm":
+            self.confirm(health)
+            return Outcome("confirmed", reason)
+        if verdict == "go back":
+            self._go_back(reason)
+            return Outcome("rolled back", reason)
+        return None
+
     def _install(self) -> Outcome:
         """Test the candidate and make it active."""
         candidate = self._store.candidate()
+        # The store has just checked every byte of the file.
+        bundle = open_bundle(candidate.engine, verify=False)
         try:
-            engine_test(candidate.engine, target=self._target, threads=self._threads)
-            release_test(
-                candidate.engine, candidate.release, candidate.packs, target=self._target, threads=self._threads
-            )
+            engine_test(bundle, target=self._target, threads=self._threads)
+            release_test(bundle, candidate.release, candidate.packs, target=self._target, threads=self._threads)
             shadow = self._shadow(candidate)
         except EngineMismatchError:
             raise  # this machine lacks a plan, which `edgead compile` makes

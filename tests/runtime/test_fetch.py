@@ -118,6 +118,62 @@ def test_row_7_remains_of_another_file_are_thrown_away(fetcher: Fetcher, server:
     assert saved(fetcher, server, tmp_path) == CONTENT
 
 
+@pytest.mark.parametrize("left", [0, 60_000])
+def test_row_24_a_download_that_is_killed_at_any_step_can_be_done_again(
+    fetcher: Fetcher, server: Any, tmp_path: Path, left: int
+) -> None:
+    class Killed(BaseException):
+        """The power goes."""
+
+    class Dying(RealDisk):
+        def __init__(self, steps: int) -> None:
+            self.left = steps
+
+        def step(self) -> None:
+            self.left -= 1
+            if self.left < 0:
+                raise Killed
+
+        def write(self, path: Path, chunks: Any) -> None:
+            self.step()
+
+            def dying() -> Iterator[bytes]:
+                for chunk in chunks:
+                    yield chunk
+                    self.step()
+
+            super().write(path, dying())
+
+        def replace(self, source: Path, target: Path) -> None:
+            self.step()
+            super().replace(source, target)
+
+        def remove(self, path: Path) -> None:
+            self.step()
+            super().remove(path)
+
+        def sync(self, path: Path) -> None:
+            self.step()
+            super().sync(path)
+
+        def sync_folder(self, folder: Path) -> None:
+            self.step()
+            super().sync_folder(folder)
+
+    for steps in range(100):
+        folder = tmp_path / str(steps)
+        folder.mkdir()
+        (folder / "here.part").write_bytes(CONTENT[:left])
+        try:
+            fetcher.save(f"{server.url}/file", folder / "here", Dying(steps), length=len(CONTENT), sha256=SHA)
+            break
+        except Killed:
+            if (folder / "here").exists():
+                assert (folder / "here").read_bytes() == CONTENT
+            assert saved(fetcher, server, folder) == CONTENT
+    assert 6 < steps < 99
+
+
 def test_row_8_a_whole_answer_to_a_range_is_taken_from_its_beginning(
     bad: ModuleType, fetcher: Fetcher, server: Any, tmp_path: Path
 ) -> None:

@@ -840,6 +840,25 @@ def test_the_last_frames_say_which_verdicts_change(world: Any, camera: Any, tiny
     ]
 
 
+def test_what_another_process_does_reaches_the_running_inspector(world: Any, camera: Any, tiny: ModuleType) -> None:
+    ring = FrameRing(camera.store.frames, every_s=0.0)
+    with LiveInspector(camera.store.active(), frames=ring) as inspector:
+        updater = camera.updater(inspector)
+        world.update()
+        taken(camera, 2)  # by another updater, such as `edgead device update`
+        outcome = updater.watch()
+        assert outcome is not None
+        assert (outcome.status, outcome.release) == ("activated", 2)
+        assert inspector.inspect(tiny.frame()).knowledge == world.packs[1].version
+        camera.store.rollback("by hand")
+        outcome = updater.watch()
+        assert outcome is not None
+        assert outcome.release == 1
+        assert inspector.inspect(tiny.frame()).knowledge == world.packs[0].version
+        assert updater.watch() is None
+    assert 1 <= len(ring.read()) <= 2
+
+
 def test_the_loop_takes_watches_and_confirms_by_itself(world: Any, camera: Any, tiny: ModuleType) -> None:
     seen: list[Any] = []
     stop = threading.Event()
