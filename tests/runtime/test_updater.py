@@ -42,8 +42,10 @@ from edgead.runtime.knowledge import Pack
 from edgead.runtime.live import LiveInspector
 from edgead.runtime.release import decode_release, encode_release
 from edgead.runtime.rollout import encode_rollout, new_rollout
+from edgead.runtime.slots import Store
 from edgead.runtime.spec import Calibration
 from edgead.runtime.update_rules import cheapest, decide, judge_watch, next_poll
+from edgead.runtime.updater import DeviceUpdater
 
 YEAR = 365.25 * 86400
 
@@ -770,15 +772,85 @@ def test_row_26_a_disk_that_is_full_costs_a_poll(world: Any, camera: Any) -> Non
         def free_space(self, folder: Path) -> int:
             return 0
 
-    from edgead.runtime.slots import Store
-    from edgead.runtime.updater import DeviceUpdater
-
     world.update()
     before = camera.snapshot()
     outcome = DeviceUpdater(Store(camera.folder, disk=Full()), camera.device, limits=camera.limits, disk=Full()).poll()
     assert isinstance(outcome.error, StorageError)
     assert camera.snapshot() == before
     taken(camera, 2)
+
+
+class Killed(BaseException):
+    """The power goes."""
+
+
+class Dying(RealDisk):
+    """Takes so many steps and no more; a write has one more before each piece."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def step(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise Killed
+
+    def make_folder(self, folder: Path) -> None:
+        self.step()
+        super().make_folder(folder)
+
+    def write(self, path: Path, chunks: Any) -> None:
+        self.step()
+
+        def dying() -> Iterator[bytes]:
+            for chunk in chunks:
+                yield chunk[: len(chunk) // 2]
+                self.step()
+                yield chunk[len(chunk) // 2 :]
+
+        super().write(path, dying())
+
+    def sync(self, path: Path) -> None:
+        self.step()
+        super().sync(path)
+
+    def replace(self, source: Path, target: Path) -> None:
+        self.step()
+        super().replace(source, target)
+
+    def sync_folder(self, folder: Path) -> None:
+        self.step()
+        super().sync_folder(folder)
+
+    def remove(self, path: Path) -> None:
+        self.step()
+        super().remove(path)
+
+
+def test_row_24_a_poll_that_is_killed_at_any_step_leaves_one_whole_release(
+    worlds: ModuleType, world: Any, camera: Any, tmp_path: Path
+) -> None:
+    world.update()
+    shutil.rmtree(camera.store.metadata)
+    seen = set()
+    for steps in range(500):
+        copy = worlds.Camera(tmp_path / "copies" / str(steps), camera.device)
+        shutil.copytree(camera.folder, copy.folder)
+        disk = Dying(steps)
+        try:
+            outcome = DeviceUpdater(Store(copy.folder, disk=disk), copy.device, disk=disk).poll()
+        except Killed:
+            active = Store(copy.folder).start()
+            assert active.packs["part"].digest == digests(world)[active.release.counter - 1]
+            assert active.faults == ()
+            seen.add(active.release.counter)
+            assert (copy.poll().error, copy.store.active().release.counter) == (None, 2)
+        else:
+            assert (outcome.status, outcome.release) == ("activated", 2)
+            break
+        shutil.rmtree(copy.folder)
+    assert steps >= 20
+    assert seen == {1, 2}
 
 
 # Watching, and the loop
