@@ -24,8 +24,9 @@ METHOD = "memory-bank"
 EXCLUDED = -3.0e38
 """Similarity of a padded row: below that of any real one, and finite, so that no NaN can come of it."""
 
-STEP = 256
-"""Patches that are compared with a bank at a time: [256, N] likenesses instead of [P, N]."""
+STEP = 352
+"""Patches that are compared with a bank at a time: a third of 32 x 32. Smaller steps keep the table of likenesses
+[STEP, N] small; larger ones repeat less work on the bank (`python -m benchmarks bank-search`, `footprint`)."""
 
 
 class MemoryBankTrunk(nn.Module):
