@@ -19,6 +19,13 @@ import click
 @click.option("--layers", help="Layers of the tower to compare, comma-separated; four evenly spread if left out.")
 @click.option("--epochs", type=click.IntRange(1), help="At most so many; training ends when it no longer gets better.")
 @click.option("--batch", type=click.IntRange(1), help="Pictures in one step.")
+@click.option(
+    "--named-types/--no-named-types",
+    default=True,
+    show_default=True,
+    help="Teach types of defects apart by sentences that name them, where the auxiliary set does (folders of test/); "
+    "without this, the paper's recipe: sentences say good or damaged only.",
+)
 @click.option("--seed", default=0, show_default=True)
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The file of projections.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
@@ -30,6 +37,7 @@ def projections(
     layers: str | None,
     epochs: int | None,
     batch: int | None,
+    named_types: bool,
     seed: int,
     output: Path,
     force: bool,
@@ -57,7 +65,12 @@ def projections(
     from edgead.server_side.vision_language.options import VisionLanguageOptions
 
     usual = TrainingOptions()
-    training = TrainingOptions(epochs=epochs or usual.epochs, batch=batch or usual.batch, seed=seed)
+    training = TrainingOptions(
+        epochs=epochs or usual.epochs,
+        batch=batch or usual.batch,
+        seed=seed,
+        named=usual.named if named_types else 0.0,
+    )
     options = VisionLanguageOptions(
         model=model, weights=model_weights, auxiliary=auxiliary, layers=chosen, seed=seed, class_name="object"
     )

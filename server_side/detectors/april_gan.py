@@ -28,6 +28,7 @@ from edgead.runtime.spec import KnowledgePort, Port, Preprocessing
 from edgead.server_side.banks import greedy_coreset
 from edgead.server_side.detectors.auxiliary import folder_auxiliary, painted_auxiliary
 from edgead.server_side.detectors.projection_training import TrainingOptions, train_projections
+from edgead.server_side.detectors.projection_types import type_features
 from edgead.server_side.detectors.projections import (
     TEMPERATURE,
     Projections,
@@ -250,6 +251,7 @@ def open_trunk(
     Raises:
         BackboneError: unknown model or weights, a layer that it does not have, projections that do not fit it.
         InputError: an auxiliary set that cannot be trained on.
+        PromptError: its folders' names make no sentences.
     """
     model, tower, preprocessing = open_tower(options)
     if options.projections is not None:
@@ -270,12 +272,14 @@ def open_trunk(
         else:
             auxiliary = painted_auxiliary(tower.size, seed=options.seed)
         text = np.stack([class_features(model, april_gan(name, options.domain)) for name in auxiliary.classes])
+        settings = dataclasses.replace(training or TrainingOptions(), seed=options.seed)
         projections, record = train_projections(
             tower,
             auxiliary,
             text,
-            dataclasses.replace(training or TrainingOptions(), seed=options.seed),
+            settings,
             layers=layers,
+            types=type_features(model, auxiliary) if settings.named > 0 else None,
             weights=model.weights_sha256,
             checkpoint=checkpoint,
         )

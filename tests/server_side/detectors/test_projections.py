@@ -23,6 +23,7 @@ from edgead.server_side.detectors.auxiliary import (
     painted_auxiliary,
 )
 from edgead.server_side.detectors.projection_training import TrainingOptions, anomalous_shares, train_projections
+from edgead.server_side.detectors.projection_types import NamedTypes, type_features
 from edgead.server_side.detectors.projections import (
     Projections,
     default_layers,
@@ -223,6 +224,93 @@ def test_an_interrupted_training_ends_in_the_same_weights(
         train_projections(tower, painted, text, options, layers=(3,), checkpoint=tmp_path / "run", device="cpu")
 
 
+TYPES = ((0, "hole"), (0, "thread"), (0, "fibre"), (1, "hole"))
+
+
+@pytest.fixture(scope="module")
+def named(text: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Features of `TYPES`; the text tower takes a fibre for a thread."""
+    rows = np.random.default_rng(4).normal(size=(4, 32))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    rows[2] = rows[1]
+    return np.asarray(rows, np.float32)
+
+
+def test_a_sentence_that_names_another_type_must_give_an_empty_mask(
+    text: NDArray[np.float32], named: NDArray[np.float32]
+) -> None:
+    types = NamedTypes(TYPES, named, text)
+    # Another type of the same class, unless the sentences cannot be told apart.
+    assert [list(wrong) for wrong in types.wrong] == [[1, 2], [0], [0], []]
+    shown = np.array([0, 1, 3, -1] * 20)
+    wrong = types.drawn(shown, np.random.default_rng(5))
+    np.testing.assert_array_equal(wrong, types.drawn(shown, np.random.default_rng(5)))
+    assert {(int(a), int(b)) for a, b in zip(shown, wrong, strict=True)} == {(0, 1), (0, 2), (1, 0), (3, -1), (-1, -1)}
+
+    mask = torch.zeros(2, 8, 8)
+    mask[0, 0, 3] = 1.0  # one pixel of a thin defect: its whole patch shows it
+    target, texts, there = types.targets(mask, torch.tensor([1, 3]), torch.tensor([0, -1]), (2, 2))
+    np.testing.assert_array_equal(target[0].numpy(), [[1, 0], [0, 0], [0, 0], [0, 0]])
+    assert not bool(target[1].any())
+    np.testing.assert_array_equal(texts[0].numpy(), [[text[0, 0], named[1]], [text[0, 0], named[0]]])
+    assert there.tolist() == [1.0, 0.0]
+
+
+def test_the_loss_of_named_types_is_its_equation(text: NDArray[np.float32], named: NDArray[np.float32]) -> None:
+    types = NamedTypes(TYPES, named, text)
+    rng = np.random.default_rng(6)
+    patches = rng.normal(size=(3, 4, 32))
+    patches /= 10 * np.linalg.norm(patches, axis=-1, keepdims=True)
+    mask = (rng.uniform(size=(3, 2, 2)) > 0.5).astype(np.float32)
+    feeds = torch.tensor(mask), torch.tensor([1, -1, 0]), torch.tensor([0, -1, 2])
+    found = types.loss([torch.tensor(patches, dtype=torch.float32)], [(2, 2)], *feeds)
+
+    def share(picture: int, kind: int) -> Array:
+        difference = patches[picture] @ (named[kind].astype(float) - text[0, 0])
+        return np.asarray(1 / (1 + np.exp(-100 * difference)))
+
+    shares = np.stack([[share(0, 1), share(0, 0)], [share(2, 0), share(2, 2)]])
+    masks = np.stack([[mask[picture].ravel(), np.zeros(4)] for picture in (0, 2)])
+    given = [torch.tensor(array, dtype=torch.float32) for array in (shares, masks)]
+    np.testing.assert_allclose(float(found), float(focal_loss(*given) + dice_loss(*given)), rtol=1e-4)
+    nothing = torch.full((3,), -1)
+    assert float(types.loss([torch.tensor(patches)], [(2, 2)], feeds[0].double(), nothing, nothing)) == 0.0
+
+
+def test_named_types_are_learned_by_the_seed_resumed_and_can_be_left_out(
+    tower: VisionTower, tiny_clip: VisionLanguageModel, text: NDArray[np.float32], tmp_path: Path
+) -> None:
+    made = painted_auxiliary(tower.size, 16, kinds=("hole", "thread"))
+    assert made.types == ((0, "hole"), (0, "thread"), (1, "hole"), (1, "thread"))
+    assert [made.read(place).shown for place in range(8)] == [-1, 0, -1, 2, -1, 1, -1, 3]
+    pictures = [made.read(place) for place in range(made.count)]
+    auxiliary = listed_auxiliary("named", made.classes, pictures, made.types)
+    features = type_features(tiny_clip, auxiliary)
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1.0, atol=1e-5)
+
+    def trained(epochs: int = 3, weight: float = 0.3, **other: Any) -> tuple[bytes, list[str]]:
+        options = TrainingOptions(epochs=epochs, batch=5, patience=9, named=weight)
+        found, record = train_projections(tower, auxiliary, text, options, layers=(3,), device="cpu", **other)
+        return b"".join(p.detach().numpy().tobytes() for p in found.parameters()), record["named_types"]
+
+    whole, said = trained(types=features)
+    assert said == ["hole", "thread"]
+    assert trained(types=features)[0] == whole
+    trained(2, types=features, checkpoint=tmp_path / "run")
+    assert trained(types=features, checkpoint=tmp_path / "run")[0] == whole
+    with pytest.raises(BackboneError, match="one of another run"):
+        trained(weight=0.0, types=features, checkpoint=tmp_path / "run")
+
+    left_out, said = trained(weight=0.0, types=features)
+    assert said == []
+    assert left_out != whole
+    assert left_out == trained()[0]
+    auxiliary = listed_auxiliary("unnamed", made.classes, [picture._replace(shown=-1) for picture in pictures])
+    assert left_out == trained()[0]
+    with pytest.raises(InputError, match=r"features \[0, 32\]"):
+        trained(types=features)
+
+
 def test_training_stops_when_the_held_out_part_gets_no_better(
     tower: VisionTower, painted: Auxiliary, text: NDArray[np.float32]
 ) -> None:
@@ -268,7 +356,17 @@ def test_an_auxiliary_folder_gives_frames_and_masks_of_the_engine(folder: Path) 
     assert marked[:10, :20].all()
     assert marked.sum() == 200
     assert not pictures[0].mask.any()
+    assert found.types == ((0, "hole"), (1, "hole"))
+    assert [picture.shown for picture in pictures] == [-1, 0, -1, 1]
     assert folder_auxiliary(folder / "tile", Preprocessing(40, 20)).classes == ("tile",)
+
+
+def test_a_folder_that_does_not_say_which_defect_names_no_type(folder: Path) -> None:
+    for part in ("test", "ground_truth"):
+        (folder / "tile" / part / "hole").rename(folder / "tile" / part / "bad")
+    found = folder_auxiliary(folder, Preprocessing(40, 20))
+    assert found.types == ((0, "hole"),)
+    assert {found.read(place).shown for place in range(4)} == {-1, 0}
 
 
 def test_an_auxiliary_folder_that_cannot_teach_is_refused(folder: Path) -> None:
