@@ -22,15 +22,20 @@ from edgead.runtime.inspector import Inspector
 from edgead.runtime.knowledge import Pack, head_feeds
 from edgead.runtime.spec import Preprocessing
 from edgead.server_side.detectors import alfa, anomalous_few_shot, april_gan, normality, winclip
-from edgead.server_side.detectors.sentences import normality_row
+from edgead.server_side.detectors.auxiliary import MaskedPicture, listed_auxiliary
+from edgead.server_side.detectors.projection_training import train_projections
+from edgead.server_side.detectors.projection_types import type_features
+from edgead.server_side.detectors.projections import write_projections
+from edgead.server_side.detectors.sentences import class_features, normality_row
 from edgead.server_side.detectors.text_heads import STATE, TABLE
 from edgead.server_side.fitting import FitOptions, fit_memory_bank
 from edgead.server_side.learned import Learned
 from edgead.server_side.metrics import auroc
 from edgead.server_side.prompts.ensembles import NORMAL_STATES, WINCLIP_TEMPLATES, compose
+from edgead.server_side.prompts.ensembles import april_gan as april_gan_prompts
 from edgead.server_side.prompts.ensembles import winclip as winclip_prompts
 from edgead.server_side.prompts.prompt_set import StateWords, write_prompt_set
-from edgead.server_side.vision_language import VisionLanguageModel, load_model
+from edgead.server_side.vision_language import VisionLanguageModel, load_model, tower_of
 from edgead.server_side.vision_language.options import VisionLanguageOptions
 
 pytestmark = pytest.mark.slow
@@ -253,3 +258,41 @@ def test_one_sample_in_the_anomalous_bank_finds_a_defect_that_no_prompt_names(
         after = outputs(anomalous_few_shot.learn([], words, [(image, mask)]), seen)["score"]
         assert shown.against_good(kind, after) > shown.against_good(kind, before) + 0.1
         assert shown.against_good(kind, after) > 0.8
+
+
+def test_projections_trained_by_named_types_tell_a_sentence_apart_from_the_others(
+    painted: ModuleType, held: Held, options: VisionLanguageOptions, model: VisionLanguageModel, tmp_path: Path
+) -> None:
+    types = [(0, kind) for kind in painted.KINDS]
+    pictures = [
+        MaskedPicture(image, mask, 0, -1 if kind == "good" else painted.KINDS.index(kind))
+        for image, mask, kind in zip(*painted.paint(60, seed=31), strict=True)
+    ]
+    auxiliary = listed_auxiliary("carpets", ("carpet",), pictures, types)
+    text = class_features(model, april_gan_prompts("carpet"))[None]
+    projections, _ = train_projections(
+        tower_of(model), auxiliary, text, layers=(1, 2, 3, 4), types=type_features(model, auxiliary), device="cpu"
+    )
+    path = tmp_path / "own.projections"
+    write_projections(path, projections, model=model.name, weights=model.weights_sha256)
+    own = dataclasses.replace(options, projections=path)
+    shown = Held(*(part[:500] for part in held))
+    base = april_gan.learn([], own, score="map")
+    seen = features(base, shown.images)
+    anomaly = outputs(base, seen)["anomaly_map"]
+    before = anomaly.max((1, 2))
+    assert shown.all_defects(before) > 0.95
+
+    suppressing = normality.learn([], own)
+    for said in ("thread", "stain"):
+        learned = dataclasses.replace(suppressing, pack=calling_normal(suppressing.pack, model, said))
+        suppressed = outputs(learned, seen)["anomaly_map"]
+        after = (anomaly * (1.0 - suppressed)).max((1, 2))
+        on = {kind: suppressed[shown.kinds == kind][shown.masks[shown.kinds == kind]].mean() for kind in painted.KINDS}
+        assert on[said] > 0.4
+        assert on[said] > 2.0 * max(share for kind, share in on.items() if kind != said)
+        # What the sentence is about is passed rather than before; the others are found as they were.
+        assert shown.against_good(said, after) <= shown.against_good(said, before)
+        for kind in painted.KINDS:
+            if kind != said:
+                assert abs(shown.against_good(kind, after) - shown.against_good(kind, before)) < 0.02
