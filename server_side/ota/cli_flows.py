@@ -182,7 +182,8 @@ def _teach(
             target=words["target"],
         )
         notes = words["notes"] or told
-        shipped = _ship(repository, keyring, change.after, words["groups"], words["now_normal"], notes)
+        # Defects unlike every good part move no score of one, and the thresholds set anew come out as they were.
+        shipped = _ship(repository, keyring, change.after, words["groups"], words["now_normal"], notes, calibrated=True)
         keep_provenance(repository, change.provenance)
     _finish(folder, product, change.before, change.after, shipped, change, words["as_json"])
 
@@ -194,10 +195,11 @@ def _ship(
     groups: tuple[str, ...],
     now_normal: tuple[str, ...],
     notes: str,
+    calibrated: bool = False,
 ) -> Shipped:
     from edgead.server_side.ota.flows import ship
 
-    shipped = ship(repository, pack, groups=groups, now_normal=now_normal, notes=notes)
+    shipped = ship(repository, pack, groups=groups, now_normal=now_normal, notes=notes, calibrated=calibrated)
     repository.commit(keyring)
     return shipped
 

@@ -56,9 +56,22 @@ def current_of(repository: Repository, product: str) -> tuple[Bundle, Pack]:
 
 
 def ship(
-    repository: Repository, pack: Pack, *, groups: Sequence[str], now_normal: Sequence[str] = (), notes: str = ""
+    repository: Repository,
+    pack: Pack,
+    *,
+    groups: Sequence[str],
+    now_normal: Sequence[str] = (),
+    notes: str = "",
+    calibrated: bool = False,
 ) -> Shipped:
     """Put a pack, its release and its roll-out to some groups. `Repository.commit` then signs all of it.
+
+    Args:
+        repository: where to.
+        pack: the knowledge.
+        groups: devices that take it first.
+        now_normal, notes: see `make_release`.
+        calibrated: see `publish_pack`; what `teach` returns is.
 
     Raises:
         InputError: the pack is what the devices have already.
@@ -71,7 +84,7 @@ def ship(
             got=f"that of release {releases[-1].counter}",
             next_step="Nothing has to be released.",
         )
-    published = publish_pack(repository, pack)
+    published = publish_pack(repository, pack, calibrated=calibrated)
     release = make_release(repository, pack.product, pack=pack.digest, now_normal=now_normal, notes=notes)
     return Shipped(published, release, roll_out(repository, pack.product, release=release.counter, groups=groups))
 

@@ -240,6 +240,10 @@ def test_a_defect_becomes_rows_of_the_anomalous_bank_on_the_pilot_cameras(
     with opened(line.root / "up", (line.root / "keys" / "root.json").read_bytes()) as repository:
         taught = load_pack(repository, "dented", done["pack"])
     assert taught.arrays["bank.anomalous"].tolist() == [[31.0] * 3]
+    # The thresholds were set anew for this one too, and came out as they were.
+    other = line.pictures("missed-too", 33) / "33.png"
+    again = run("add-anomaly", "up", "dented", other, "--mask", tmp_path / "dent.png", *line.judged())
+    assert (again["release"], again["threshold"][0]) == (3, again["threshold"][1])
 
 
 @pytest.mark.slow
