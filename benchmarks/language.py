@@ -67,7 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
             for method in options.methods:
                 note(f"{method} over {name} ...")
                 bundle = _bundle(method, parts, Path(scratch) / "bundle")
-                figures["methods"] += _time_method(bundle, method, name, options.rounds)
+                found = _time_method(bundle, method, name, options.rounds)
+                note("  " + ", ".join(f"{line['engine']} {line['total']:.4g} ms" for line in found))
+                figures["methods"] += found
         if options.frames:
             parts = Parts(options.lazy_model, Path(scratch))
             for engine in ENGINES:
