@@ -100,8 +100,7 @@ def _bytes(pack: Pack, taught: Pack) -> dict[str, int]:
     }
 
 
-def _stream(inspector: Inspector, pack: Pack, taught: Pack, swaps: int) -> dict[str, Any]:
-    frames = list(painted(6, seed=9, defects=True))
+def _stream(inspector: Inspector, frames: list[Frame], pack: Pack, taught: Pack, swaps: int) -> dict[str, Any]:
     expected = _expected(inspector, (taught, pack), frames)
     answers: list[tuple[int, float, float, Inspection]] = []
     failures: list[Exception] = []
