@@ -325,7 +325,7 @@ class _Training:
             same = found["identity"] == self.identity
             self.projections.load_state_dict(found["projections"] if same else self._state())
             self.optimizer.load_state_dict(found["optimizer"] if same else self.optimizer.state_dict())
-        except Exception as error:
+        except Exception as error:  # torch's reader raises whatever its unpickler does
             raise BackboneError(
                 wanted=f"a checkpoint of a training of projections at {self.checkpoint}",
                 got="a file that does not load",

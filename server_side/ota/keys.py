@@ -165,7 +165,7 @@ class Keyring:
         try:
             record.key.verify_signature(signer.sign(_PROBE), _PROBE)
         # Every signer has errors of its own, and many of them show at the first signature only.
-        except Exception as error:
+        except Exception as error:  # key libraries have no error tree in common
             raise _unusable(record, error) from error
         self._add(record)
         return signer
@@ -210,7 +210,7 @@ class Keyring:
         try:
             return Signer.from_priv_key_uri(record.uri, record.key, lambda name: (*self._secrets(name), "")[0])
         # Every signer has errors of its own: a missing library, a network, a card that is not in its reader.
-        except Exception as error:
+        except Exception as error:  # key libraries have no error tree in common
             raise _unusable(record, error) from error
 
 

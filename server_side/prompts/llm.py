@@ -186,7 +186,7 @@ class OpenAiModel:
                 return bytes(body)
         except (_PassingError, LanguageModelError):
             raise
-        except Exception as error:
+        except Exception as error:  # a client's errors, of whatever layer, become one kind
             refused = _cause(error, _RefusedError)
             if isinstance(refused, _RefusedError):
                 return self._after_refusal(refused, request)

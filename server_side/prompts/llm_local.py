@@ -48,7 +48,7 @@ class TransformersModel:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=here)
             network = transformers.AutoModelForCausalLM.from_pretrained(source, local_files_only=here)
             self._network = network.eval().to(self._device)
-        except Exception as error:
+        except Exception as error:  # transformers raises whatever its layers raise
             # transformers raises many kinds for one cause: the files are not those of a causal model
             reason = " ".join(str(error).split())[:160]
             raise InputError(
@@ -94,7 +94,7 @@ class TransformersModel:
             return str(self._tokenizer.decode(output[0, length:], skip_special_tokens=True))
         except LanguageModelError:
             raise
-        except Exception as error:
+        except Exception as error:  # transformers raises whatever its layers raise
             raise LanguageModelError(
                 wanted=f"an answer from {self.model.name!r}",
                 got=f"a failure of transformers ({type(error).__name__}: {' '.join(str(error).split())[:160]})",
