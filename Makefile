@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
+WORKERS ?= 3
 PEER = .venv-peer
 PEER_STAMP = $(PEER)/installed
 
@@ -27,8 +28,9 @@ $(STAMP): $(BIN)/python pyproject.toml
 demo: $(STAMP)
 	$(BIN)/edgead demo --output demo-output --force
 
+# Side by side, one thread for each: many tests wait for servers and processes. `make test WORKERS=0` is one by one.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
