@@ -7,7 +7,8 @@ Every error says what was wanted, what came instead, and what to do next. The cl
     │   ├── InputError            a path, folder, option or argument
     │   │   ├── OutputExistsError     the output is already there and --force was not given
     │   │   ├── MissingDependencyError  an optional package is not installed
-    │   │   └── PromptError           a prompt set, or words for one, that are not well formed
+    │   │   ├── PromptError           a prompt set, or words for one, that are not well formed
+    │   │   └── StatusError           a device's status that is malformed, edited, or of another key
     │   ├── ImageError            a file that is no picture, or one outside the limits
     │   ├── BundleError           a bundle that is truncated, edited, too new or foreign
     │   │   └── EngineMismatchError   an engine built for another GPU, library or version
@@ -84,6 +85,10 @@ class MissingDependencyError(InputError):
 
 class PromptError(InputError):
     """A prompt set, or a word that goes into one, is not well formed."""
+
+
+class StatusError(InputError):
+    """A device's status is malformed, edited, or not signed by the key that it should be."""
 
 
 class ImageError(UserError):
