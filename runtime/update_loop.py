@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from edgead.runtime.errors import FetchError
 from edgead.runtime.update_outcome import Outcome
-from edgead.runtime.update_rules import next_poll
+from edgead.runtime.update_rules import first_poll, next_poll
 
 _WATCH_S = 0.5
 
@@ -54,8 +54,7 @@ class UpdateLoop(abc.ABC):
             report: called with each outcome, on the calling thread.
         """
         stop = stop or self._stop
-        # Devices that were switched on together must not come together.
-        due = time.monotonic() + interval * jitter * self._rng.random()
+        due = time.monotonic() + first_poll(interval, jitter, self._rng)
         poked = float("-inf")
         while not stop.is_set():
             now = time.monotonic()

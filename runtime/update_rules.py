@@ -139,6 +139,17 @@ def judge_watch(
     return "confirm" if elapsed >= window and frames else "wait"
 
 
+def first_poll(interval: float, jitter: float, rng: random.Random) -> float:
+    """Seconds from the start of a device to its first poll, so that devices that start together do not come together.
+
+    Args:
+        interval: between polls, in seconds.
+        jitter: share of it over which the first polls are spread.
+        rng: differs from device to device.
+    """
+    return interval * jitter * rng.random()
+
+
 def next_poll(interval: float, jitter: float, failures: int, asked: float | None, rng: random.Random) -> float:
     """Seconds until the next poll.
 
@@ -168,6 +179,7 @@ __all__ = [
     "check_clock",
     "check_made",
     "decide",
+    "first_poll",
     "judge_watch",
     "next_poll",
 ]

@@ -169,6 +169,20 @@ class DeviceUpdater(UpdateLoop):
         self._store.confirm(digest)
         self._store.garbage()
 
+    def self_test(self, candidate: Active) -> None:
+        """Test engine and knowledge of a candidate on this machine. Whoever knows the result already may override it.
+
+        Args:
+            candidate: as the store loaded it, every byte checked.
+
+        Raises:
+            SelfTestError, EngineError, BundleError, KnowledgeError, ReleaseError: it must not become active here.
+            MissingDependencyError, EngineMismatchError: it cannot be tested here.
+        """
+        bundle = open_bundle(candidate.engine, verify=False)
+        engine_test(bundle, target=self._target, threads=self._threads)
+        release_test(bundle, candidate.release, candidate.packs, target=self._target, threads=self._threads)
+
     def _poll(self) -> Outcome:
         state = self._store.state()
         repository = TrustedRepository(
@@ -240,11 +254,8 @@ class DeviceUpdater(UpdateLoop):
     def _install(self) -> Outcome:
         """Test the candidate and make it active."""
         candidate = self._store.candidate()
-        # The store has just checked every byte of the file.
-        bundle = open_bundle(candidate.engine, verify=False)
         try:
-            engine_test(bundle, target=self._target, threads=self._threads)
-            release_test(bundle, candidate.release, candidate.packs, target=self._target, threads=self._threads)
+            self.self_test(candidate)
             shadow = self._shadow(candidate)
         except EngineMismatchError:
             raise  # this machine lacks a plan, which `edgead compile` makes
