@@ -68,6 +68,11 @@ class World:
     def root(self) -> bytes:
         return (self.folder / "metadata" / "1.root.json").read_bytes()
 
+    @property
+    def digests(self) -> list[str]:
+        """Of the packs, oldest first."""
+        return [pack.digest for pack in self.packs]
+
     def keyring(self, *kinds: str) -> Keyring:
         ring = Keyring([self.home / "keys"], lambda purpose: ["correct horse battery staple"])
         # To decrypt a key is slow on purpose; once is enough.
@@ -175,6 +180,23 @@ class Camera:
         assert outcome.status == "activated", outcome
         self.updater().confirm()
         return self
+
+    def refused(self, kind: Any, match: str = "", **options: Any) -> Any:
+        """A poll that ends with this error and changes nothing of what the device inspects with."""
+        before = self.snapshot()
+        outcome = self.poll(**options)
+        assert outcome.status in ("failed", "rejected"), outcome
+        assert isinstance(outcome.error, kind), repr(outcome.error)
+        assert match in str(outcome.error), str(outcome.error)
+        assert self.snapshot() == before
+        return outcome
+
+    def taken(self, counter: int, way: str = "") -> Any:
+        """A poll that makes this release active."""
+        outcome = self.poll()
+        assert (outcome.status, outcome.release) == ("activated", counter), outcome
+        assert way in outcome.way
+        return outcome
 
     def snapshot(self) -> dict[str, bytes]:
         """The bytes of all that the active release is made of."""
