@@ -13,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgead.runtime.bundle import open_bundle
+from edgead.runtime.device_status import ScoreStatistics
 from edgead.runtime.errors import EdgeadError
 from edgead.runtime.frames import FrameRing
 from edgead.runtime.inspection import Inspection, Verdict
 from edgead.runtime.inspector import Inspector
+from edgead.runtime.score_statistics import ScoreCounter
 from edgead.runtime.slots_load import Active
 
 
@@ -70,6 +72,7 @@ class LiveInspector:
         self._active = active
         self._running = _Running(self._open(active))
         self._health = Health(active.digest, time.monotonic())
+        self._scores = ScoreCounter()
 
     @property
     def active(self) -> Active:
@@ -80,6 +83,10 @@ class LiveInspector:
     def health(self) -> Health:
         """How that release does."""
         return self._health
+
+    def statistics(self) -> tuple[ScoreStatistics, ...]:
+        """What its frames came to, by product; counted anew for each release that is taken."""
+        return self._scores.statistics()
 
     def take(self, active: Active) -> None:
         """Inspect new frames with another release. If anything fails, the old one goes on.
@@ -95,11 +102,13 @@ class LiveInspector:
                 self._swap(before, active)
                 with self._books:
                     self._active, self._health = active, Health(active.digest, time.monotonic())
+                    self._scores.reset()
                 return
             opened = _Running(self._open(active))
             with self._books:
                 old, self._running = self._running, opened
                 self._active, self._health = active, Health(active.digest, time.monotonic())
+                self._scores.reset()
                 old.retired = True
                 idle = not old.users
             if idle:
@@ -178,3 +187,7 @@ class LiveInspector:
             old = self._health
             failed = result.verdict is Verdict.NOT_INSPECTED
             self._health = Health(old.digest, old.since, old.frames + 1, old.failures + failed)
+            pack = self._active.packs.get(result.product)
+            # A frame that was begun with the release before says nothing of this one.
+            if pack is not None and pack.version == result.knowledge:
+                self._scores.add(result)
