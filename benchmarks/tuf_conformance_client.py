@@ -16,8 +16,13 @@ import argparse
 import hashlib
 import json
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from tuf.api.exceptions import RepositoryError
+from tuf.api.metadata import TargetFile
 
 from edgead.runtime.disk import RealDisk, put_file
 from edgead.runtime.errors import EdgeadError
@@ -39,29 +44,49 @@ def init(metadata: Path, root: Path) -> None:
     put_file(RealDisk(), place, [data])
 
 
-def refreshed(metadata: Path, url: str, targets_url: str, fetcher: Fetcher) -> TrustedRepository:
+def refreshed(metadata: Path, url: str, targets_url: str, fetcher: Fetcher, now: float) -> TrustedRepository:
     """The repository as its newest metadata has it."""
     root = (metadata / "root.json").read_bytes()
-    repository = TrustedRepository(url, root, metadata, fetcher, now=time.time(), targets_url=targets_url, dated=False)
+    repository = TrustedRepository(url, root, metadata, fetcher, now=now, targets_url=targets_url, dated=False)
     repository.refresh()
     return repository
 
 
 def download(repository: TrustedRepository, fetcher: Fetcher, name: str, folder: Path) -> None:
     """One target into a folder, under a name that says nothing but which target it is."""
-    target = repository.find(name)
-    if target is None:
+    entry = repository.entry(name)
+    if entry is None:
         raise ValueError(f"no target of the name {name!r}")
+    signed, url = entry
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / hashlib.sha256(name.encode()).hexdigest()
-    if place.is_file() and place.stat().st_size == target.length:
-        with place.open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() == target.sha256:
-                return
-    fetcher.save(target.url, place, RealDisk(), length=target.length, sha256=target.sha256)
+    if place.is_file() and place.stat().st_size == signed.length and _fits(signed, place.read_bytes()):
+        return
+    # What broke off is no target: it lies elsewhere until it is whole.
+    with tempfile.TemporaryDirectory() as elsewhere:
+        if "sha256" in signed.hashes:
+            target = repository.find(name)
+            assert target is not None
+            fetcher.save(url, Path(elsewhere) / "part", RealDisk(), length=target.length, sha256=target.sha256)
+            data = (Path(elsewhere) / "part").read_bytes()
+        else:
+            data = fetcher.read(url, signed.length)
+    if not _fits(signed, data):
+        raise ValueError(f"{name!r} is not what was signed")
+    put_file(RealDisk(), place, [data])
 
 
-def main() -> int:
+def _fits(signed: TargetFile, data: bytes) -> bool:
+    """Whether a content has the length and every hash that is signed; no unknown hash counts."""
+    try:
+        signed.verify_length_and_hashes(data)
+    except RepositoryError:
+        return False
+    return True
+
+
+def main(arguments: Sequence[str] | None = None, clock: Callable[[], float] = time.time) -> int:
+    """Run one command; its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--metadata-dir", type=Path, required=True)
     parser.add_argument("--metadata-url")
@@ -72,7 +97,7 @@ def main() -> int:
     commands.add_parser("init").add_argument("root", type=Path)
     commands.add_parser("refresh")
     commands.add_parser("download")
-    words = parser.parse_args()
+    words = parser.parse_args(arguments)
     if words.command != "init" and not words.metadata_url:
         parser.error("--metadata-url is needed")
     if words.command == "download" and not (words.target_name and words.target_dir and words.target_base_url):
@@ -82,7 +107,7 @@ def main() -> int:
         if words.command == "init":
             init(words.metadata_dir, words.root)
             return 0
-        repository = refreshed(words.metadata_dir, words.metadata_url, words.target_base_url, fetcher)
+        repository = refreshed(words.metadata_dir, words.metadata_url, words.target_base_url, fetcher, clock())
         for name in words.target_name if words.command == "download" else ():
             download(repository, fetcher, name, words.target_dir)
     except (EdgeadError, OSError, ValueError, KeyError, TypeError) as error:

@@ -135,18 +135,30 @@ class TrustedRepository:
         Raises:
             FetchError, UntrustedError, StaleError, StorageError: see `refresh`, for the roles on the way to it.
         """
+        entry = self.entry(path)
+        if entry is None:
+            return None
+        found, url = entry
+        sha256 = found.hashes.get("sha256", "")
+        if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
+            raise UntrustedError(wanted=f"a SHA-256 of {path}", got="none", next_step="Publish it with edgead.")
+        return Target(path, url, found.length, sha256)
+
+    def entry(self, path: str) -> tuple[TargetFile, str] | None:
+        """What is signed of a target, whichever hashes it has, and where its content lies.
+
+        Raises:
+            FetchError, UntrustedError, StaleError, StorageError: see `find`.
+        """
         with _foreign(self._cache):
             found: TargetFile | None = self._updater.get_targetinfo(path)
         if found is None:
             return None
-        sha256 = found.hashes.get("sha256", "")
-        if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
-            raise UntrustedError(wanted=f"a SHA-256 of {path}", got="none", next_step="Publish it with edgead.")
         folder, slash, name = path.rpartition("/")
         if self._updater._trusted_set.root.consistent_snapshot:
             # Contents lie under the first hash that is signed.
             name = f"{next(iter(found.hashes.values()))}.{name}"
-        return Target(path, f"{self._targets_url}/{folder}{slash}{name}", found.length, sha256)
+        return found, f"{self._targets_url}/{folder}{slash}{name}"
 
     def read(self, path: str, most: int, *, kept: dict[str, bytes] | None = None) -> bytes | None:
         """The content of a small target; None if there is none.
