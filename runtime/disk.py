@@ -40,6 +40,10 @@ class Disk(abc.ABC):
         """Create or empty a file and write into it. Nothing is durable yet."""
 
     @abc.abstractmethod
+    def make_private(self, path: Path) -> None:
+        """Create or empty a file that only its owner may read; what is then written into it stays private."""
+
+    @abc.abstractmethod
     def sync(self, path: Path) -> None:
         """Make the content of a file durable."""
 
@@ -100,6 +104,14 @@ class RealDisk(Disk):
         with os.fdopen(os.open(path, flags, 0o644), "wb") as stream:
             for chunk in chunks:
                 stream.write(chunk)
+
+    def make_private(self, path: Path) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(path, flags, 0o600)
+        try:
+            os.fchmod(descriptor, 0o600)  # one that was there may be open to others
+        finally:
+            os.close(descriptor)
 
     def sync(self, path: Path) -> None:
         self._sync(path, os.O_RDONLY)
@@ -176,10 +188,16 @@ def _plain(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def put_file(disk: Disk, path: Path, chunks: Iterable[bytes]) -> None:
+def put_file(disk: Disk, path: Path, chunks: Iterable[bytes], *, private: bool = False) -> None:
     """Give `path` this content, durably; a reader or a power cut sees the old content or the new.
 
     One writer at a time: the file that is being written has a fixed name beside `path`.
+
+    Args:
+        disk: takes the steps.
+        path: of the file.
+        chunks: its content.
+        private: only its owner may read it.
 
     Raises:
         StorageError: no permission, no space, an I/O fault. `path` has its old content, or all of the new one.
@@ -187,6 +205,8 @@ def put_file(disk: Disk, path: Path, chunks: Iterable[bytes]) -> None:
     part = path.with_name(path.name + PART)
     with storage_errors(path, "to write a file"):
         try:
+            if private:
+                disk.make_private(part)
             disk.write(part, chunks)
             disk.sync(part)
             disk.replace(part, path)
