@@ -146,16 +146,6 @@ def seen(envelope: Envelope, received: float, *, verified: bool) -> Seen:
     return Seen(envelope.status, received, envelope.key, verified, note)
 
 
-def newest(statuses: Sequence[Seen]) -> list[Seen]:
-    """Of each device the status with the highest sequence number, by name."""
-    best: dict[str, Seen] = {}
-    for one in statuses:
-        old = best.get(one.status.device)
-        if old is None or one.status.sequence > old.status.sequence:
-            best[one.status.device] = one
-    return [best[device] for device in sorted(best)]
-
-
 def is_database(source: str) -> bool:
     """Whether a source is a database's URL or file, rather than a folder."""
     return ("://" in source and not source.startswith("file://")) or (
@@ -207,7 +197,7 @@ def _read_folder(folder: Path, devices: Sequence[DeviceKey] | None) -> Found:
     known = None if devices is None else {record.device: record.key for record in devices}
     pinned: dict[str, str] = {}
     disk = RealDisk()
-    kept: list[Seen] = []
+    best: dict[str, Seen] = {}
     refused: list[Refused] = []
     for path in _files(folder):
         try:
@@ -223,8 +213,10 @@ def _read_folder(folder: Path, devices: Sequence[DeviceKey] | None) -> Found:
         except RefusedStatusError as error:
             refused.append(Refused(str(path), error.reason, str(error)))
             continue
-        kept.append(seen(envelope, received, verified=known is not None))
-    return Found(newest(kept), refused, None if devices is None else list(devices))
+        old = best.get(device)
+        if old is None or envelope.status.sequence > old.status.sequence:
+            best[device] = seen(envelope, received, verified=known is not None)
+    return Found([best[device] for device in sorted(best)], refused, None if devices is None else list(devices))
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -266,7 +258,6 @@ __all__ = [
     "Seen",
     "check_key",
     "is_database",
-    "newest",
     "opened",
     "read_statuses",
     "seen",
