@@ -7,20 +7,18 @@ drips is ended, and whatever goes wrong is one of the `FetchError`s. Redirection
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import hashlib
 import http.client
 import os
 import random
-import socket
 import ssl
 import stat
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from urllib.parse import SplitResult, quote, unquote, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 from urllib.request import url2pathname
 
 from edgead import __version__
@@ -39,6 +37,7 @@ from edgead.runtime.fetch_rules import (
     shown,
     too_long,
 )
+from edgead.runtime.net import authorization, ended_after
 
 _CHUNK = 64 * 2**10
 _SAFE = "!#$%&'()*+,/:;=?@[]~"
@@ -211,9 +210,7 @@ class Fetcher:
         if where.scheme not in ("http", "https") or not where.hostname:
             raise FetchError(wanted="an address with http, https or file", got=shown(url), next_step="Correct it.")
         headers = {"Accept-Encoding": "identity", "User-Agent": f"edgead/{__version__}"}
-        if where.username is not None:
-            secret = f"{unquote(where.username)}:{unquote(where.password or '')}"
-            headers["Authorization"] = "Basic " + base64.b64encode(secret.encode()).decode()
+        headers |= authorization(where)
         if offset:
             headers["Range"] = f"bytes={offset}-"
             if validator:
@@ -248,7 +245,7 @@ class Fetcher:
             try:
                 # A head that drips is ended like a body; a socket's own timeout begins anew with each byte.
                 most = max(0.01, min(2.0 * self.limits.gap_s, end - time.monotonic()))
-                with _ended_after(connection, most):
+                with ended_after(connection, most):
                     self._arm(connection, end)
                     target = quote(where.path + (f"?{where.query}" if where.query else ""), safe=_SAFE)
                     connection.request("GET", target or "/", headers=headers)
@@ -264,7 +261,7 @@ class Fetcher:
         if not answer.isclosed() and (answer.length or _CHUNK) < _CHUNK:
             with (
                 contextlib.suppress(OSError, http.client.HTTPException, ValueError),
-                _ended_after(connection, self.limits.gap_s),
+                ended_after(connection, self.limits.gap_s),
             ):
                 answer.read()
         if not answer.isclosed() or answer.will_close:
@@ -327,32 +324,6 @@ class Fetcher:
                 next_step="Check the network and the address of the repository; it is tried again by itself.",
                 transient=not isinstance(error, (ssl.SSLCertVerificationError, ValueError)),
             ) from error
-
-
-@contextlib.contextmanager
-def _ended_after(connection: http.client.HTTPConnection, seconds: float) -> Iterator[None]:
-    """End the connection if the block takes longer.
-
-    Raises:
-        TimeoutError: it did.
-    """
-    ended = threading.Event()
-
-    def end() -> None:
-        ended.set()
-        with contextlib.suppress(OSError, AttributeError):
-            connection.sock.shutdown(socket.SHUT_RDWR)
-
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-    # The end of a connection also ends a head, which then looks whole.
-    if ended.is_set():
-        raise TimeoutError(f"no whole answer in {seconds:.3g} s")
 
 
 @contextlib.contextmanager
