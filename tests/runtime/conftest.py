@@ -77,3 +77,29 @@ def server(bad: ModuleType, world: Any) -> Iterator[Any]:
 def camera(worlds: ModuleType, world: Any, server: Any, tmp_path: Path) -> Any:
     """A device with release 1, confirmed."""
     return worlds.camera(tmp_path / "camera", server.url, world.root).installed()
+
+
+@pytest.fixture(scope="session")
+def tuf() -> ModuleType:
+    """The module tuf_simulator.py beside this file."""
+    pytest.importorskip("tuf")
+    return loaded("edgead_tests_tuf_simulator", Path(__file__).with_name("tuf_simulator.py"))
+
+
+@pytest.fixture
+def files_server(bad: ModuleType) -> Iterator[Any]:
+    """A web server of files in memory."""
+    with bad.misbehaving() as running:
+        yield running
+
+
+@pytest.fixture
+def simulator(tuf: ModuleType, files_server: Any) -> Any:
+    """A TUF repository of any publisher on that server."""
+    return tuf.Simulator(files_server.files)
+
+
+@pytest.fixture
+def client(tuf: ModuleType, files_server: Any, tmp_path: Path) -> Any:
+    """The adapter that polls that server."""
+    return tuf.Client(files_server, tmp_path)
