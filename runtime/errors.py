@@ -8,7 +8,8 @@ Every error says what was wanted, what came instead, and what to do next. The cl
     │   │   ├── OutputExistsError     the output is already there and --force was not given
     │   │   ├── MissingDependencyError  an optional package is not installed
     │   │   ├── PromptError           a prompt set, or words for one, that are not well formed
-    │   │   └── StatusError           a device's status that is malformed, edited, or of another key
+    │   │   ├── StatusError           a device's status that is malformed, edited, or of another key
+    │   │   └── CandidateError        a marked picture that is malformed, edited, or of another key
     │   ├── ImageError            a file that is no picture, or one outside the limits
     │   ├── BundleError           a bundle that is truncated, edited, too new or foreign
     │   │   └── EngineMismatchError   an engine built for another GPU, library or version
@@ -89,6 +90,10 @@ class PromptError(InputError):
 
 class StatusError(InputError):
     """A device's status is malformed, edited, or not signed by the key that it should be."""
+
+
+class CandidateError(InputError):
+    """A picture that somebody marked is malformed, edited, or not signed by the key that it should be."""
 
 
 class ImageError(UserError):
