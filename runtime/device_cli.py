@@ -165,7 +165,7 @@ def status(folder: Path, as_json: bool) -> None:
         "counter": state.counter,
         "last_seen": state.last_seen,
         "quarantined": [digest[:_SHOWN] for digest in state.quarantined],
-        "alarm": state.alarm,
+        "alarm": state.warning,
         "damaged": [],
         "last": last_outcome(folder),
     }

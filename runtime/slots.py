@@ -305,6 +305,30 @@ class Store(StoreView):
         with self._pointer.changing() as state:
             return self._pointer.write(state, slots_state.seen(state, when)).last_seen
 
+    def freeze(self, now: float, reason: str) -> None:
+        """Remember that no update can be taken; written once, until `thaw`.
+
+        Args:
+            now: seconds since 1970 by the device's clock.
+            reason: for people.
+
+        Raises:
+            StorageError: the file system refused.
+        """
+        if not self.state().frozen:
+            with self._pointer.changing() as state:
+                self._pointer.write(state, slots_state.frozen(state, now, reason))
+
+    def thaw(self) -> None:
+        """Updates can be taken again; writes nothing where they could all the time.
+
+        Raises:
+            StorageError: the file system refused.
+        """
+        if self.state().frozen:
+            with self._pointer.changing() as state:
+                self._pointer.write(state, slots_state.thawed(state))
+
     def garbage(self) -> int:
         """Remove what neither the active, the previous nor the staged release names.
 

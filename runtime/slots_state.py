@@ -13,10 +13,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import Annotated
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 from msgspec.structs import replace
 
 from edgead.runtime.errors import ReleaseError, RollbackError, StoreDamagedError
@@ -28,6 +29,8 @@ STATE_BYTES = 64 * 2**10
 """Largest copy of the state."""
 MOST_QUARANTINED = 32
 """Refused releases that are remembered by name; older ones are refused by their counter alone."""
+_FROZEN = 400
+_LAST_YEAR = 253_402_300_799.0
 
 
 class State(Struct, frozen=True, forbid_unknown_fields=True):
@@ -45,6 +48,8 @@ class State(Struct, frozen=True, forbid_unknown_fields=True):
         last_seen: latest time that signed metadata ever named, seconds since 1970 in UTC; only goes up.
         quarantined: releases that failed here, oldest first; they are not staged again.
         alarm: what somebody should know, for people; empty if all is well.
+        frozen: since when and why no update can be taken, for people: signed metadata has expired, or the clock is
+            wrong. Not there while updates can be taken, so that such a state lies on disk as it always did.
     """
 
     schema: int = STATE_SCHEMA
@@ -59,6 +64,12 @@ class State(Struct, frozen=True, forbid_unknown_fields=True):
     last_seen: Counter = 0
     quarantined: tuple[Digest, ...] = ()
     alarm: Annotated[str, Meta(max_length=1000)] = ""
+    frozen: Annotated[str, Meta(max_length=_FROZEN)] | UnsetType = UNSET
+
+    @property
+    def warning(self) -> str:
+        """All that somebody should know, at most 1000 characters; empty if all is well."""
+        return "; ".join(text for text in (self.frozen or "", self.alarm) if text)[:1000]
 
     @property
     def named(self) -> frozenset[str]:
@@ -257,6 +268,26 @@ def alarmed(state: State, reason: str) -> State:
     return replace(state, alarm=_text(reason))
 
 
+def frozen(state: State, now: float, reason: str) -> State:
+    """No update can be taken: metadata is stale or the clock is wrong. A state that says so already stays as it is.
+
+    Args:
+        state: before.
+        now: seconds since 1970 by the device's clock.
+        reason: for people.
+    """
+    if state.frozen:
+        return state
+    since = datetime.fromtimestamp(min(max(0.0, now), _LAST_YEAR), timezone.utc)
+    text = f"updates are frozen since {since:%Y-%m-%d %H:%M} UTC by this device's clock: {reason}"
+    return replace(state, frozen=_text(text)[:_FROZEN])
+
+
+def thawed(state: State) -> State:
+    """Updates can be taken again; whatever else there is to know stays."""
+    return replace(state, frozen=UNSET) if state.frozen else state
+
+
 def _quarantine(state: State, digest: str) -> State:
     others = tuple(old for old in state.quarantined if old != digest)
     return replace(state, quarantined=(*others, digest)[-MOST_QUARANTINED:])
@@ -282,6 +313,7 @@ __all__ = [
     "confirmed",
     "decode_state",
     "encode_state",
+    "frozen",
     "in_crash_loop",
     "lifted",
     "newest_of",
@@ -291,4 +323,5 @@ __all__ = [
     "seen",
     "staged",
     "started",
+    "thawed",
 ]

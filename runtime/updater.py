@@ -8,6 +8,7 @@ active release stays as it is and inspection goes on. Decisions are in `edgead.r
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 import time
@@ -26,6 +27,8 @@ from edgead.runtime.errors import (
     ReleaseError,
     SelfTestError,
     StoreDamagedError,
+    StaleError,
+    StorageError,
     UpdateError,
 )
 from edgead.runtime.fetch import Fetcher
@@ -113,8 +116,10 @@ class DeviceUpdater(UpdateLoop):
             with self._store.updating(self._lock_timeout):
                 outcome = self._poll()
         except EdgeadError as error:
+            self._remember_frozen(None)
             outcome = Outcome("failed", error.got[:300], error=error)
         except Exception as error:  # whatever a foreign library comes up with must not end the updates of a device
+            self._remember_frozen(error)
             surprise = UpdateError(
                 wanted="a poll without surprises",
                 got=f"{type(error).__name__}: {error}"[:300],
@@ -184,6 +189,14 @@ class DeviceUpdater(UpdateLoop):
         release_test(bundle, candidate.release, candidate.packs, target=self._target, threads=self._threads)
 
     def _poll(self) -> Outcome:
+    def _remember_frozen(self, error: EdgeadError | None) -> None:
+        """An alarm in the store from the first poll that finds stale metadata or a wrong clock to the next good one."""
+        with contextlib.suppress(StorageError):  # the outcome of the poll counts; the next one says it again
+            if isinstance(error, StaleError):
+                self._store.freeze(self._clock(), error.got)
+            elif error is None:
+                self._store.thaw()
+
         state = self._store.state()
         repository = TrustedRepository(
             self._device.repository,
