@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import re
-import socket
-import urllib.parse
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 from edgead.runtime.errors import InputError, LanguageModelError, missing_dependency
+from edgead.server_side.hub import find_model
 from edgead.server_side.prompts.requests import ModelName, Request
 from edgead.server_side.prompts.words import LIMITS, check_words
-
-_REACH_S = 5.0
-"""Seconds to find out whether the hub can be reached at all."""
 
 
 class TransformersModel:
@@ -43,7 +37,7 @@ class TransformersModel:
         self._longest_s = longest_s
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         transformers.utils.logging.disable_progress_bar()
-        source, here = _source(place)
+        source, here = find_model(place, what="a language model", next_step="--llm-local DIR")
         try:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=here)
             network = transformers.AutoModelForCausalLM.from_pretrained(source, local_files_only=here)
@@ -146,40 +140,3 @@ def _revision(folder: Path) -> str:
             small = facts.st_size <= 1 << 20 and path.suffix in {".json", ".txt", ".jinja"}
             digest.update(path.read_bytes() if small else str(facts.st_mtime_ns).encode())
     return digest.hexdigest()
-
-
-def _source(place: str) -> tuple[str, bool]:
-    """Where transformers shall load from, and whether only from this machine."""
-    folder = Path(place)
-    if folder.is_dir():
-        return str(folder), True
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", place):
-        raise InputError(
-            wanted=f"a folder with a language model at {place}",
-            got="a file" if folder.is_file() else "no such folder",
-            next_step="Pass a folder, or the hub's name of a model (owner/name): --llm-local DIR",
-        )
-    from huggingface_hub import constants, try_to_load_from_cache
-
-    if isinstance(try_to_load_from_cache(place, "config.json"), str):
-        return place, True
-    hub = urllib.parse.urlsplit(constants.ENDPOINT).hostname or constants.ENDPOINT
-    if constants.HF_HUB_OFFLINE or not _hub_answers(hub):
-        raise InputError(
-            wanted=f"the language model {place!r}",
-            got=f"no folder of that name, none in the hub's cache ({constants.HF_HUB_CACHE}), "
-            f"and no way to {hub} from here",
-            next_step="Copy the model to this machine and pass its folder: --llm-local DIR",
-        )
-    return place, False
-
-
-def _hub_answers(host: str) -> bool:
-    # The hub's own client tries for most of a minute before it gives up.
-    if urllib.request.getproxies():
-        return True
-    try:
-        with socket.create_connection((host, 443), timeout=_REACH_S):
-            return True
-    except OSError:
-        return False
