@@ -12,6 +12,7 @@ What lies on the disk is not trusted: it is verified from the root that the key 
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
@@ -20,15 +21,15 @@ from typing import Any
 
 import msgspec
 from securesystemslib.signer import Signer
-from tuf.api.exceptions import RepositoryError, UnsignedMetadataError
+from tuf.api.exceptions import UnsignedMetadataError
 from tuf.api.metadata import Key, Metadata, MetaFile, Role, Root, Snapshot, TargetFile, Targets, Timestamp
-from tuf.api.serialization import DeserializationError
 
 from edgead.runtime.disk import PART, Disk, RealDisk, locked, put_file
 from edgead.runtime.errors import InputError, storage_errors
 from edgead.runtime.spec import canonical_json
 from edgead.server_side.ota.keys import Keyring
 from edgead.server_side.ota.roles import Layout, Settings
+from edgead.server_side.ota.verified import forged, parsed, read_settings, verify
 
 SETTINGS = "publisher.json"
 MADE = "made"
@@ -67,6 +68,7 @@ class Repository:
         self._delegated: dict[str, Metadata[Targets]] = {}
         self._dirty: dict[str, None] = {}
         self._files: dict[str, Iterable[bytes]] = {}
+        self._signed: set[str] = set()
         self._settings_changed = False
 
     @property
@@ -90,15 +92,14 @@ class Repository:
         if name not in self._delegated:
             entry = self.snapshot.signed.meta.get(f"{name}.json")
             if entry is None:
-                raise _forged(f"the role {name} in its snapshot", "a snapshot without it")
+                raise forged(f"the role {name} in its snapshot", "a snapshot without it")
             parent = self.role(self.layout.parent(name))
             self._delegated[name] = self._read(f"{entry.version}.{name}.json", Targets, name, parent.signed)
         return self._delegated[name]
 
     def authority(self, name: str) -> tuple[Role, list[Key]]:
         """Threshold and keys of a role, as the role above it says."""
-        parent = self.layout.parent(name)
-        above = self.root.signed if parent == "root" else self.role(parent).signed
+        above = self._above(name)
         role = above.get_delegated_role(name)
         return role, [above.get_key(keyid) for keyid in role.keyids]
 
@@ -143,14 +144,14 @@ class Repository:
         """
         entry = self.find(path)
         if entry is None:
-            raise _forged(f"the target {path}", "none of that name")
+            raise forged(f"the target {path}", "none of that name")
         place, pending = self.file(path, entry), self._files.get(path)
         if isinstance(pending, tuple):
             return b"".join(pending)
         with storage_errors(place, "to read a target"):
             data = self._disk.read(place, entry.length + 1)
         if len(data) != entry.length or hashlib.sha256(data).hexdigest() != entry.hashes["sha256"]:
-            raise _forged(f"the content of {path} that was signed", "another one")
+            raise forged(f"the content of {path} that was signed", "another one")
         return data
 
     def add(self, path: str, data: bytes) -> None:
@@ -183,20 +184,66 @@ class Repository:
         sealed: list[tuple[str, bytes]] = []
         for name in self.layout.order(self._dirty):
             metadata = self.role(name)
-            sealed.append(self._sealed(name, metadata, keyring, also))
+            if name in self._signed:
+                verify(self._above(name), name, metadata)
+                sealed.append((f"{metadata.signed.version}.{name}.json", metadata.to_bytes()))
+            else:
+                sealed.append(self._sealed(name, metadata, keyring, also))
             self.snapshot.signed.meta[f"{name}.json"] = MetaFile(metadata.signed.version)
         sealed.append(self._sealed("snapshot", self.snapshot, keyring, also))
         self.timestamp.signed.snapshot_meta = MetaFile(self.snapshot.signed.version)
         last = self._stamped(keyring, also)
-        for path, chunks in self._files.items():
-            entry = self.role(self.layout.role_of(path)).signed.targets[path]
-            self._put(self.file(path, entry), chunks)
+        self._put_files()
         if self._settings_changed:
             self._put(self.folder / SETTINGS, (canonical_json(self.settings),))
         for name, data in sealed:
             self._put(self.folder / "metadata" / name, (data,))
         self._put(self.folder / "metadata" / "timestamp.json", (last,))
-        self._dirty, self._files, self._settings_changed = {}, {}, False
+        self._dirty, self._signed, self._settings_changed = {}, set(), False
+
+    def stage(self) -> dict[str, Metadata[Targets]]:
+        """Changed roles, one version higher and unsigned, for others to sign.
+
+        Their targets are written, under names that no metadata speaks of. Nothing else may be done with this object.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        found = {}
+        for name in self.layout.order(self._dirty):
+            found[name] = self.role(name)
+            self._advance(name, found[name])
+        self._put_files()
+        return found
+
+    def take(self, name: str, metadata: Metadata[Targets]) -> None:
+        """A role that others changed and signed; `commit` verifies and writes it."""
+        if name == "targets":
+            self.targets = metadata
+        else:
+            self._delegated[name] = metadata
+        self._dirty[name] = None
+        if metadata.signatures:
+            self._signed.add(name)
+
+    def put_root(self, new: Metadata[Root], keyring: Keyring) -> None:
+        """Write a root that others signed.
+
+        Raises:
+            InputError: a threshold of the root before it, or its own, is not met.
+        """
+        verify(self.root.signed, "root", new)
+        verify(new.signed, "root", new)
+        self.root = new
+        data = new.to_bytes()
+        self._put(self.folder / "metadata" / f"{new.signed.version}.root.json", (data,))
+        keyring.keep_root(data)
+
+    def next_root(self) -> Metadata[Root]:
+        """The root as it is, one version higher and unsigned."""
+        new: Metadata[Root] = Metadata(copy.deepcopy(self.root.signed))
+        self._advance("root", new)
+        return new
 
     def stamp(self, keyring: Keyring) -> None:
         """Sign and write the timestamp alone.
@@ -235,13 +282,13 @@ class Repository:
             InputError: something is missing or forged.
             StorageError: a file cannot be read.
         """
-        self.root = _parsed(trusted, Root, "root")
+        self.root = parsed(trusted, Root, "root")
         while (self.folder / "metadata" / f"{self.root.signed.version + 1}.root.json").exists():
             version = self.root.signed.version + 1
             new: Metadata[Root] = self._read(f"{version}.root.json", Root, "root", self.root.signed)
-            _verify(new.signed, "root", new)
+            verify(new.signed, "root", new)
             if new.signed.version != version:
-                raise _forged(f"version {version} in {version}.root.json", str(new.signed.version))
+                raise forged(f"version {version} in {version}.root.json", str(new.signed.version))
             self.root = new
         top = self.root.signed
         self.timestamp = self._read("timestamp.json", Timestamp, "timestamp", top)
@@ -259,13 +306,25 @@ class Repository:
     ) -> tuple[str, bytes]:
         """File name and bytes of a role, one version higher and signed."""
         role, keys = self.authority(name)
+        self._advance(name, metadata)
+        self._sign(metadata, [*keyring.signers(keys, role.threshold, name), *also.get(name, ())])
+        verify(self._above(name), name, metadata)
+        return f"{metadata.signed.version}.{name}.json", metadata.to_bytes()
+
+    def _advance(self, name: str, metadata: Metadata[Any]) -> None:
         metadata.signed.version += 1
         metadata.signed.expires = self._expiry(self.layout.kind_of(name))
         metadata.signatures.clear()
-        self._sign(metadata, [*keyring.signers(keys, role.threshold, name), *also.get(name, ())])
+
+    def _above(self, name: str) -> Root | Targets:
         parent = self.layout.parent(name)
-        _verify(self.root.signed if parent == "root" else self.role(parent).signed, name, metadata)
-        return f"{metadata.signed.version}.{name}.json", metadata.to_bytes()
+        return self.root.signed if parent == "root" else self.role(parent).signed
+
+    def _put_files(self) -> None:
+        for path, chunks in self._files.items():
+            entry = self.role(self.layout.role_of(path)).signed.targets[path]
+            self._put(self.file(path, entry), chunks)
+        self._files = {}
 
     def _sign(self, metadata: Metadata[Any], signers: Iterable[Signer]) -> None:
         for signer in signers:
@@ -285,8 +344,8 @@ class Repository:
         place = self.folder / "metadata" / name
         with storage_errors(place, "to read signed metadata"):
             data = self._disk.read(place, _METADATA_BYTES)
-        metadata = _parsed(data, kind, name)
-        _verify(above, role, metadata)
+        metadata = parsed(data, kind, name)
+        verify(above, role, metadata)
         return metadata
 
     def _put(self, place: Path, chunks: Iterable[bytes]) -> None:
@@ -326,7 +385,7 @@ def opened(
             next_step="Make one with: edgead ota init FOLDER --product NAME --keys DIR",
         )
     with locked(disk, folder / ".lock", wait_s, "to publish"):
-        repository = Repository(folder, _settings(disk, folder), disk, clock)
+        repository = Repository(folder, read_settings(disk, folder / SETTINGS), disk, clock)
         with storage_errors(folder, "to clean up after an interrupted publisher"):
             for name in disk.names(folder / "metadata"):
                 if name.endswith(PART):
@@ -336,42 +395,6 @@ def opened(
                 trusted = disk.read(folder / "metadata" / "1.root.json", _METADATA_BYTES)
         repository.load(trusted)
         yield repository
-
-
-def _settings(disk: Disk, folder: Path) -> Settings:
-    with storage_errors(folder / SETTINGS, "to read the layout of a repository"):
-        data = disk.read(folder / SETTINGS, 16 * 2**20)
-    try:
-        return msgspec.json.decode(data, type=Settings)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise _forged(f"the layout of a repository in {SETTINGS}", str(error)) from error
-
-
-def _parsed(data: bytes, kind: type[Any], name: str) -> Metadata[Any]:
-    try:
-        metadata: Metadata[Any] = Metadata.from_bytes(data)
-    except (DeserializationError, RecursionError) as error:
-        raise _forged(f"TUF metadata in {name}", "something else") from error
-    if type(metadata.signed) is not kind:
-        raise _forged(f"{kind.__name__} metadata in {name}", type(metadata.signed).__name__)
-    return metadata
-
-
-def _verify(above: Root | Targets, role: str, metadata: Metadata[Any]) -> None:
-    try:
-        above.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
-    except (RepositoryError, ValueError) as error:
-        raise _forged(
-            f"the role {role} with signatures of its keys", f"forged or unsigned metadata ({error})"
-        ) from error
-
-
-def _forged(wanted: str, got: str) -> InputError:
-    return InputError(
-        wanted=f"a repository with {wanted}",
-        got=got,
-        next_step="Do not sign on top of it: restore the repository from a copy that verifies.",
-    )
 
 
 __all__ = ["MADE", "SETTINGS", "Clock", "Repository", "opened", "utc_now"]
