@@ -57,6 +57,14 @@ def device() -> None:
 @click.option("--repository", required=True, help="http://, https:// or file:// address, or a folder.")
 @click.option("--product", required=True, help="What it inspects.")
 @click.option("--group", "groups", multiple=True, help="Group for roll-outs, such as pilot; may be repeated.")
+@click.option(
+    "--pin-key",
+    "pin_keys",
+    multiple=True,
+    metavar="[NAME=]FILE",
+    help="Public key, Ed25519 as PEM: releases are taken only if a pin by such a key vouches for their knowledge; may "
+    "be repeated. NAME is the --key-id that it signs with; made from the key if left out.",
+)
 @click.option("--force", is_flag=True, help="Replace who the device is; its releases stay.")
 def init(
     folder: Path,
@@ -65,6 +73,7 @@ def init(
     repository: str,
     product: str,
     groups: tuple[str, ...],
+    pin_keys: tuple[str, ...],
     force: bool,
 ) -> None:
     """Say who a device is and whom it trusts; asks no server.
@@ -73,9 +82,11 @@ def init(
     Example:
       edgead device init camera/ --root root.json --id cam-17 --repository /media/usb/updates --product carpet
     """
+    from edgead.runtime.device_pins import load_pin_keys
+
     with storage_errors(root_file, "to read the trusted root"), open(root_file, "rb") as stream:
         root = stream.read(ROOT_BYTES + 1)
-    init_device(folder, Device(device_id, repository, product, root, groups), force=force)
+    init_device(folder, Device(device_id, repository, product, root, groups, load_pin_keys(pin_keys)), force=force)
     click.echo(f"{folder}: device {device_id} for {product}; next: edgead device update {folder}")
 
 

@@ -21,7 +21,7 @@ from msgspec import Struct
 
 from edgead.runtime.disk import Disk, RealDisk, put_file
 from edgead.runtime.errors import EdgeadError, InputError, OutputExistsError, storage_errors
-from edgead.runtime.spec import Name, canonical_json
+from edgead.runtime.spec import Digest, Name, canonical_json
 from edgead.runtime.update_outcome import Device, Outcome
 
 SCHEMA = 1
@@ -40,6 +40,7 @@ class _Record(Struct, frozen=True, forbid_unknown_fields=True):
     repository: str
     product: Name
     groups: tuple[Name, ...] = ()
+    pin_keys: dict[Name, Digest] = {}
 
 
 def init_device(folder: Path, device: Device, *, force: bool = False, disk: Disk | None = None) -> None:
@@ -74,7 +75,9 @@ def init_device(folder: Path, device: Device, *, force: bool = False, disk: Disk
             got=repr(device.repository[:200]),
             next_step="Correct --repository.",
         )
-    data = canonical_json(_Record(SCHEMA, device.device_id, address, device.product, tuple(sorted(set(device.groups)))))
+    pin_keys = {kid: public.hex() for kid, public in device.pin_keys.items()}
+    groups = tuple(sorted(set(device.groups)))
+    data = canonical_json(_Record(SCHEMA, device.device_id, address, device.product, groups, pin_keys))
     _record(data)
     with storage_errors(folder, "to make a folder"):
         disk.make_folder(folder)
@@ -92,7 +95,8 @@ def read_device(folder: Path, *, disk: Disk | None = None) -> Device:
     disk = disk or RealDisk()
     record = _either(disk, folder, _RECORD, _RECORD_BYTES, _record)
     root = _either(disk, folder, _ROOT, ROOT_BYTES, _check_root)
-    return Device(record.device_id, record.repository, record.product, root, record.groups)
+    pin_keys = {kid: bytes.fromhex(public) for kid, public in record.pin_keys.items()}
+    return Device(record.device_id, record.repository, record.product, root, record.groups, pin_keys)
 
 
 def note_outcome(folder: Path, outcome: Outcome, failures: int, *, disk: Disk | None = None) -> None:

@@ -174,6 +174,31 @@ def verify_pin(
         KnowledgeError: the provenance is not that of the pack.
         MissingDependencyError: the package for signatures is not installed.
     """
+    verify_pin_of(pin, pack.product, pack.digest, keys, now=now)
+    check_provenance(pack, provenance)
+    if (pin.root, pin.fingerprint) != (provenance.root, provenance.fingerprint):
+        _refuse(f"the root {provenance.root[:12]} of this pack's rows and sources", f"the root {pin.root[:12]}")
+
+
+def verify_pin_of(
+    pin: Pin, product: str, digest: str, keys: Mapping[str, TrustedKey], *, now: datetime | None = None
+) -> None:
+    """Check all of a pin that can be checked without the pack and its provenance, as a camera does.
+
+    The digest is that of every byte of the pack, and the root stands under the same signature: neither can be of other
+    rows. What only the provenance shows, and `verify_pin` checks, is that the sources of the rows give the root.
+
+    Args:
+        pin: as read.
+        product, digest: of the pack that it should be about.
+        keys: trusted keys by name.
+        now: an aware time, best the last one seen in signed data; this machine's clock if None.
+
+    Raises:
+        PinError: unknown key, a signature that is not that of the key, a pin for another pack or product, or a time
+            outside the key's window.
+        MissingDependencyError: the package for signatures is not installed.
+    """
     _check(pin)
     key = keys.get(pin.kid)
     if key is None:
@@ -188,14 +213,11 @@ def verify_pin(
                 f"the window {pin.not_before} to {pin.not_after}"
                 + (" and the key's own" if key.not_before or key.not_after else ""),
             )
-    if (pin.pack, pin.product) != (pack.digest, pack.product):
+    if (pin.pack, pin.product) != (digest, product):
         _refuse(
-            f"the digest of this pack, {pack.version} of {pack.product!r}",
+            f"the digest of this pack, {digest[:12]} of {product!r}",
             f"that of {pin.pack[:12]} of {pin.product!r}",
         )
-    check_provenance(pack, provenance)
-    if (pin.root, pin.fingerprint) != (provenance.root, provenance.fingerprint):
-        _refuse(f"the root {provenance.root[:12]} of this pack's rows and sources", f"the root {pin.root[:12]}")
 
 
 def key_name(public: bytes) -> str:

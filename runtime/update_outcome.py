@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from edgead.runtime.errors import EdgeadError
@@ -22,6 +22,8 @@ class Device:
         product: what it inspects.
         root: trusted root metadata, kept outside of every cache.
         groups: that it belongs to.
+        pin_keys: keys by name, each 32 bytes of Ed25519: with any of them, a release is taken only if its pack has a
+            pin by one of them.
     """
 
     device_id: str
@@ -29,6 +31,7 @@ class Device:
     product: str
     root: bytes
     groups: tuple[str, ...] = ()
+    pin_keys: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

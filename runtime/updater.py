@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from edgead.runtime.bundle import open_bundle
+from edgead.runtime.device_pins import check_pinned, keep_pin
 from edgead.runtime.disk import Disk, RealDisk
 from edgead.runtime.errors import (
     BundleError,
@@ -26,9 +27,9 @@ from edgead.runtime.errors import (
     KnowledgeError,
     ReleaseError,
     SelfTestError,
-    StoreDamagedError,
     StaleError,
     StorageError,
+    StoreDamagedError,
     UpdateError,
 )
 from edgead.runtime.fetch import Fetcher
@@ -115,11 +116,11 @@ class DeviceUpdater(UpdateLoop):
         try:
             with self._store.updating(self._lock_timeout):
                 outcome = self._poll()
-        except EdgeadError as error:
             self._remember_frozen(None)
+        except EdgeadError as error:
             outcome = Outcome("failed", error.got[:300], error=error)
-        except Exception as error:  # whatever a foreign library comes up with must not end the updates of a device
             self._remember_frozen(error)
+        except Exception as error:  # whatever a foreign library comes up with must not end the updates of a device
             surprise = UpdateError(
                 wanted="a poll without surprises",
                 got=f"{type(error).__name__}: {error}"[:300],
@@ -188,7 +189,6 @@ class DeviceUpdater(UpdateLoop):
         engine_test(bundle, target=self._target, threads=self._threads)
         release_test(bundle, candidate.release, candidate.packs, target=self._target, threads=self._threads)
 
-    def _poll(self) -> Outcome:
     def _remember_frozen(self, error: EdgeadError | None) -> None:
         """An alarm in the store from the first poll that finds stale metadata or a wrong clock to the next good one."""
         with contextlib.suppress(StorageError):  # the outcome of the poll counts; the next one says it again
@@ -197,6 +197,7 @@ class DeviceUpdater(UpdateLoop):
             elif error is None:
                 self._store.thaw()
 
+    def _poll(self) -> Outcome:
         state = self._store.state()
         repository = TrustedRepository(
             self._device.repository,
@@ -236,8 +237,11 @@ class DeviceUpdater(UpdateLoop):
         data, release = self._release(repository, decision.counter)
         if digest_of(data) in state.quarantined:
             return Outcome("current", f"release {release.counter} is quarantined here")
+        pin = check_pinned(repository, self._device, release, max(made, state.last_seen))
         parts = Parts(self._store, repository, self._fetcher, self._disk, self._device.product)
         parts.bring(release)
+        if pin is not None:
+            keep_pin(self._disk, self._store.folder, pin)
         self._store.stage(data)
         return replace(self._install(), way=parts.way)
 

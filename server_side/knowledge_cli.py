@@ -6,15 +6,13 @@ The commands that change banks are in `edgead.server_side.knowledge_change_cli`.
 from __future__ import annotations
 
 import json
-import os
-import sys
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgead.runtime.errors import InputError, storage_errors
+from edgead.runtime.errors import InputError
 from edgead.runtime.files import refuse_existing
 from edgead.server_side.knowledge_change_cli import add, merge, remove
 from edgead.server_side.knowledge_sentences import sentences
@@ -236,6 +234,7 @@ def verify(
     from edgead.runtime.pins import TrustedKey, key_name, load_public_key, verify_pin
     from edgead.runtime.provenance_file import read_pin
     from edgead.server_side import knowledge_view as room
+    from edgead.server_side.signing import read_key
 
     loaded = room.load(pack, product)
     found = loaded.pin if pin is None else read_pin(pin)
@@ -249,7 +248,7 @@ def verify(
             next_step=f"Sign it with: edgead knowledge sign {pack} --key KEY",
         )
     if key is not None and found is not None and loaded.provenance is not None:
-        public = load_public_key(_bytes(key))
+        public = load_public_key(read_key(key))
         verify_pin(found, loaded.pack, loaded.provenance, {key_id or key_name(public): TrustedKey(public)})
     content: dict[str, Any] = {
         "product": loaded.pack.product,
@@ -314,16 +313,16 @@ def sign(
       openssl pkey -in quality.pem -pubout -out quality.pub.pem
       edgead knowledge sign part.safetensors --key quality.pem --signer "Anna, quality"
     """
-    from edgead.runtime.pins import key_name, load_private_key, make_pin
+    from edgead.runtime.pins import key_name, make_pin
     from edgead.runtime.provenance_file import pin_path, provenance_path, write_pin, write_provenance
     from edgead.server_side import knowledge_view as room
+    from edgead.server_side.signing import open_key
     from edgead.server_side.sources import provenance_of
 
     place = output or pin_path(pack)
     refuse_existing(place, force)
     loaded = room.load(pack, product)
-    data = _bytes(key)
-    secret = load_private_key(data, _passphrase(data, passphrase_env))
+    secret = open_key(key, passphrase_env)
     record = loaded.provenance or provenance_of(loaded.pack, fingerprint=_row_fingerprint(loaded, pack))
     now = datetime.now(timezone.utc).replace(microsecond=0)
     pin = make_pin(
@@ -356,20 +355,6 @@ def _row_fingerprint(loaded: Loaded, path: Path) -> str:
     if is_bundle(path):
         return open_bundle(path, verify=False).manifest.detector.fingerprint
     return loaded.pack.fingerprint
-
-
-def _passphrase(key: bytes, variable: str) -> bytes | None:
-    if b"ENCRYPTED" not in key:
-        return None
-    text = os.environ.get(variable)
-    if text is None and sys.stdin.isatty():
-        text = click.prompt("passphrase of the key", hide_input=True, err=True)
-    return None if text is None else text.encode()
-
-
-def _bytes(path: Path) -> bytes:
-    with storage_errors(path, "to read a key"), path.open("rb") as stream:
-        return stream.read(64 * 1024)
 
 
 def _figure(value: Any) -> str:

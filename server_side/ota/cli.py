@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgead.runtime.errors import InputError
-from edgead.server_side.ota import cli_flows, cli_keys
+from edgead.server_side.ota import cli_flows, cli_keys, cli_pins
 from edgead.server_side.ota.cli_options import (
     FOLDER,
     JSON,
@@ -19,6 +19,7 @@ from edgead.server_side.ota.cli_options import (
     keyring_of,
     open_for_change,
 )
+from edgead.server_side.ota.cli_pins import pin_line, pin_options, pin_pack
 
 if TYPE_CHECKING:
     from edgead.runtime.rollout import Rollout
@@ -42,7 +43,7 @@ def ota() -> None:
     """
 
 
-for _command in (*cli_keys.COMMANDS, *cli_flows.COMMANDS):
+for _command in (*cli_keys.COMMANDS, *cli_flows.COMMANDS, *cli_pins.COMMANDS):
     ota.add_command(_command)
 
 
@@ -52,37 +53,49 @@ for _command in (*cli_keys.COMMANDS, *cli_flows.COMMANDS):
 @click.option(
     "--calibrated", is_flag=True, help="The calibration was made again for the changed bank and came out the same."
 )
+@click.option(
+    "--with-provenance",
+    is_flag=True,
+    help="Publish NAME.provenance, too: names and digests of photographs. Cameras do not fetch it.",
+)
 @key_options
 def publish(
     folder: Path,
     files: tuple[Path, ...],
     calibrated: bool,
+    with_provenance: bool,
     keys: tuple[Path, ...],
     passphrase_env: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Put bundles, packs or deltas into the repository; devices take nothing until it is released.
+    """Put bundles, packs, deltas or pins into the repository; devices take nothing until it is released.
 
-    Deltas from what the devices have are made on the way. Refused are a pack that no published engine can take, and
-    one whose bank changed without its calibration.
+    Deltas from what the devices have are made on the way, and NAME.pin beside a file goes with it. Refused are a pack
+    that no published engine can take, and one whose bank changed without its calibration.
 
     \b
     Example:
       edgead ota publish updates/ carpet.edgead --keys keys/ --passphrase-env EDGEAD_KEYS
       edgead ota publish updates/ thread.delta --keys keys/ --passphrase-env EDGEAD_KEYS
+      edgead ota publish updates/ thread.delta.pin --keys keys/ --passphrase-env EDGEAD_KEYS
     """
-    from edgead.runtime.provenance_file import provenance_beside
+    from edgead.runtime.provenance_file import PIN_SUFFIX, provenance_beside, read_pin
     from edgead.server_side.ota import publish as room
+    from edgead.server_side.ota.pins import publish_beside, put_pin
     from edgead.server_side.ota.provenance import keep_provenance
 
     with open_for_change(folder, keys, passphrase_env) as (repository, keyring):
         done: list[Published] = []
         for path in files:
-            if path.is_dir() or path.suffix == ".edgead":
+            if path.suffix == PIN_SUFFIX:
+                done.append(room.Published(put_pin(repository, read_pin(path))))
+            elif path.is_dir() or path.suffix == ".edgead":
                 done.append(room.publish_bundle(repository, path))
+                done[-1].files += publish_beside(repository, path, sources=with_provenance)
             else:
                 pack = room.read_knowledge(repository, path)
                 done.append(room.publish_pack(repository, pack, calibrated=calibrated))
+                done[-1].files += publish_beside(repository, path, pack, sources=with_provenance)
             if done[-1].files:
                 repository.commit(keyring)
             record = provenance_beside(path)
@@ -108,6 +121,7 @@ def publish(
 @click.option("--now-normal", multiple=True, metavar="GOLDEN", help="Golden image whose verdict is meant to change.")
 @click.option("--target", help="Engine of the bundle to run the release test with; the best of this machine.")
 @click.option("--notes", default="", help="For people.")
+@pin_options
 @key_options
 def release(
     folder: Path,
@@ -121,6 +135,7 @@ def release(
     keys: tuple[Path, ...],
     passphrase_env: tuple[str, ...],
     as_json: bool,
+    **words: Any,
 ) -> None:
     """Bind an engine and a pack of PRODUCT together, with the scores that every device must see again.
 
@@ -145,8 +160,9 @@ def release(
             notes=notes,
             target=target,
         )
+        digest = made.product_packs[product]
+        told = pin_pack(repository, product, digest, words)
         repository.commit(keyring)
-    digest = made.product_packs[product]
     content = {
         "release": release_path(product, made.counter),
         "counter": made.counter,
@@ -155,12 +171,14 @@ def release(
         "scores": made.scores[product],
         "must_alarm": list(made.must_alarm[product]),
         "tolerance": made.tolerance,
+        "pin": told,
     }
     finish(
         as_json,
         content,
         f"release {made.counter} of {product}: engine {made.engine[:_SHOWN]}, pack {digest[:_SHOWN]}",
         f"golden images: {len(made.scores[product])}, {len(made.must_alarm[product])} of them alarm",
+        *([] if told is None else [pin_line(told)]),
         f"next: edgead ota rollout {folder} {product} --release {made.counter} --group pilot",
     )
 

@@ -10,10 +10,12 @@ import click
 
 from edgead.runtime.errors import InputError
 from edgead.server_side.ota.cli_options import FOLDER, PATH, PRODUCT, finish, key_options, open_for_change
+from edgead.server_side.ota.cli_pins import pin_line, pin_options, pin_pack
 from edgead.server_side.prompts.cli_llm import llm_options
 
 if TYPE_CHECKING:
     from edgead.runtime.knowledge import Pack
+    from edgead.runtime.provenance import Provenance
     from edgead.server_side.knowledge_tools import BankChange
     from edgead.server_side.ota.flows import Shipped
     from edgead.server_side.ota.keys import Keyring
@@ -75,6 +77,7 @@ def _teaching(command: _Command) -> _Command:
 @click.option("--model", help="Name or config of the text encoder; the bundle's if left out.")
 @click.option("--model-weights", help="Its pretrained tag, checkpoint or TAG=FILE; the bundle's if left out.")
 @_shipping
+@pin_options
 @key_options
 @llm_options
 def add_normality(
@@ -111,8 +114,8 @@ def add_normality(
         bundle, before = current_of(repository, product)
         after = taught(bundle, before, sentence, class_name, domain, phrases, model, model_weights, words, as_json)
         told = notes or f"normal from now on: {sentence}"
-        shipped = _ship(repository, keyring, after, groups, now_normal, told)
-    _finish(folder, product, before, after, shipped, None, as_json)
+        shipped, pin = _ship(repository, keyring, after, groups, now_normal, told, words)
+    _finish(folder, product, before, after, shipped, None, pin, as_json)
 
 
 @click.command("add-normal")
@@ -121,6 +124,7 @@ def add_normality(
 @click.argument("images", type=PATH)
 @_teaching
 @_shipping
+@pin_options
 @key_options
 def add_normal(folder: Path, product: str, images: Path, **words: Any) -> None:
     """Teach the devices of PRODUCT that the pictures in the folder IMAGES are normal.
@@ -144,6 +148,7 @@ def add_normal(folder: Path, product: str, images: Path, **words: Any) -> None:
 @click.option("--mask", type=PATH, metavar="IMAGE", help="Where the defect is; found by its distance if left out.")
 @_teaching
 @_shipping
+@pin_options
 @key_options
 def add_anomaly(folder: Path, product: str, image: Path, mask: Path | None, **words: Any) -> None:
     """Teach the devices of PRODUCT the defect on IMAGE, so that its like is found.
@@ -183,9 +188,10 @@ def _teach(
         )
         notes = words["notes"] or told
         # Defects unlike every good part move no score of one, and the thresholds set anew come out as they were.
-        shipped = _ship(repository, keyring, change.after, words["groups"], words["now_normal"], notes, calibrated=True)
+        groups, now_normal = words["groups"], words["now_normal"]
+        shipped, pin = _ship(repository, keyring, change.after, groups, now_normal, notes, words, change.provenance)
         keep_provenance(repository, change.provenance)
-    _finish(folder, product, change.before, change.after, shipped, change, words["as_json"])
+    _finish(folder, product, change.before, change.after, shipped, change, pin, words["as_json"])
 
 
 def _ship(
@@ -195,13 +201,17 @@ def _ship(
     groups: tuple[str, ...],
     now_normal: tuple[str, ...],
     notes: str,
-    calibrated: bool = False,
-) -> Shipped:
+    words: dict[str, Any],
+    record: Provenance | None = None,
+) -> tuple[Shipped, dict[str, Any] | None]:
+    """Put and sign pack, release, roll-out and pin; with the record of a bank whose thresholds were set anew."""
     from edgead.server_side.ota.flows import ship
 
+    calibrated = record is not None
     shipped = ship(repository, pack, groups=groups, now_normal=now_normal, notes=notes, calibrated=calibrated)
+    pin = pin_pack(repository, pack.product, pack.digest, words, *([] if record is None else [record]))
     repository.commit(keyring)
-    return shipped
+    return shipped, pin
 
 
 def _finish(
@@ -211,6 +221,7 @@ def _finish(
     after: Pack,
     shipped: Shipped,
     change: BankChange | None,
+    pin: dict[str, Any] | None,
     as_json: bool,
 ) -> None:
     from edgead.runtime.tables import bytes_text
@@ -227,6 +238,7 @@ def _finish(
         "groups": list(record.groups),
         "percent": record.percent,
         "threshold": [before.calibration.threshold, after.calibration.threshold],
+        "pin": pin,
     }
     lines = [
         f"release {shipped.release.counter} of {product}: {before.version} -> {after.version}, "
@@ -242,6 +254,7 @@ def _finish(
         }
         lines += [*change.notes, judged.summary()]
     lines += [
+        *([] if pin is None else [pin_line(pin)]),
         f"goes to {', '.join(record.groups) or 'no group'} and {record.percent:g} % of the others",
         f"next: edgead ota rollout {folder} {product} --percent 100",
     ]

@@ -63,7 +63,8 @@ def releases_of(repository: Repository, product: str) -> list[Release]:
 def packs_of(repository: Repository, product: str) -> list[str]:
     """Digests of a product's packs."""
     paths = repository.entries("knowledge", product)
-    return sorted(path.rpartition("/")[2].removesuffix(".safetensors") for path in paths if not path.endswith(".delta"))
+    names = (path.rpartition("/")[2] for path in paths if path.endswith(".safetensors"))
+    return sorted(name.removesuffix(".safetensors") for name in names)
 
 
 def engines_of(repository: Repository) -> dict[str, Bundle]:
@@ -263,7 +264,7 @@ def prune(repository: Repository, product: str, new: str, releases: list[Release
             base, _, result = name.removesuffix(".delta").partition("-")
             stays = (base in kept or base in initial) and (result in results or result not in {*kept, *gone})
         else:
-            stays = name.removesuffix(".safetensors") not in gone
+            stays = name.partition(".")[0] not in gone  # pin and provenance go with their pack
         if not stays:
             repository.drop(path)
             dropped.append(path)

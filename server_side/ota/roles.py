@@ -3,7 +3,7 @@
     root        offline, threshold     who the others are
     targets     offline                who signs engines, knowledge, releases and roll-outs, product by product
     engines     engines/<digest>.edgead
-    knowledge   knowledge/<product>/<digest>.safetensors and knowledge/<product>/<base>-<result>.delta
+    knowledge   knowledge/<product>/<digest>.safetensors, <digest>.pin, <digest>.provenance and <base>-<result>.delta
     releases    releases/<product>/<counter>.json; threshold
     rollout     rollout/<product>.json; online
     snapshot, timestamp     online, short-lived
