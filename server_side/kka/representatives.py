@@ -60,7 +60,8 @@ def mahalanobis(features: NDArray[Any], *, shrinkage: float, floor: float) -> ND
     projected = basis @ residuals.T
     explained = np.einsum("nm,nm->m", projected, np.linalg.solve(inner, projected))
     scores = (np.einsum("nd,nd->n", residuals, residuals) - explained) / ridge
-    return np.maximum(scores, 0.0)
+    found: NDArray[np.float64] = np.maximum(scores, 0.0)
+    return found
 
 
 def choose(features: NDArray[Any], clusters: int, *, shrinkage: float = 0.1, seed: int = 0) -> list[Chosen]:
