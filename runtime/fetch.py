@@ -191,7 +191,9 @@ class Fetcher:
                     continue  # a range that was answered in part
                 raise cut(url, offset, most)
             except FetchError as error:
-                self.close()
+                # An answer that says "no" is a whole answer; `_settle` has closed what did not end well.
+                if not isinstance(error, FetchStatusError):
+                    self.close()
                 failures = 1 if offset > before else failures + 1
                 wait = pause(failures, self.limits, self._rng, error.retry_after) if error.transient else None
                 if wait is None or time.monotonic() + wait >= end or self._stop.wait(wait):
@@ -258,7 +260,9 @@ class Fetcher:
 
     def _settle(self, connection: http.client.HTTPConnection, answer: http.client.HTTPResponse) -> None:
         """Keep the connection if the rest of the answer is short, as that of "not found" is."""
-        if not answer.isclosed() and (answer.length or _CHUNK) < _CHUNK:
+        # An answer that was read to its last byte, or has none, is not closed before somebody asks for one more.
+        left = answer.length
+        if not answer.isclosed() and left is not None and left < _CHUNK:
             with (
                 contextlib.suppress(OSError, http.client.HTTPException, ValueError),
                 ended_after(connection, self.limits.gap_s),

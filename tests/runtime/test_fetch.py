@@ -77,6 +77,25 @@ def test_an_honest_server_needs_one_request_and_one_connection(fetcher: Fetcher,
     assert fetcher.received == 2 * len(CONTENT)
 
 
+def test_one_connection_serves_files_empty_ones_and_refusals(fetcher: Fetcher, server: Any, tmp_path: Path) -> None:
+    seen = set()
+    server.files |= {"/small": b"small", "/empty": b""}
+
+    def noted(handler: Any, content: bytes) -> bool:
+        seen.add(handler.client_address)
+        return True
+
+    server.fault = noted
+    for _ in range(3):
+        assert fetcher.read(f"{server.url}/small", 10) == b"small"
+        with pytest.raises(FetchStatusError):
+            fetcher.read(f"{server.url}/missing", 10)
+        assert fetcher.read(f"{server.url}/empty", 10) == b""
+    assert saved(fetcher, server, tmp_path) == CONTENT
+    assert len(server.log) == 10
+    assert len(seen) == 1
+
+
 @pytest.mark.parametrize("reset", [True, False], ids=["reset", "closed"])
 @pytest.mark.parametrize("tenth", range(10))
 def test_row_7_a_cut_connection_goes_on_where_it_stopped(
