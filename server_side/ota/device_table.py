@@ -61,7 +61,8 @@ def put_devices(connection: Connection, new: list[DeviceKey]) -> int:
     """Register who is not there yet; how many these were."""
     rows = [{"id": one.device, "key": one.key, "added": one.added, "note": one.note} for one in new]
     dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
-    return connection.execute(dialect.insert(DEVICES).values(rows).on_conflict_do_nothing()).rowcount
+    put = dialect.insert(DEVICES).values(rows).on_conflict_do_nothing().returning(DEVICES.c.id)
+    return len(connection.execute(put).all())
 
 
 def _forget(connection: Connection, device: str) -> bool:

@@ -147,17 +147,53 @@ def grown(base: Pack, added: int, product: str = "part") -> Pack:
     )
 
 
-@pytest.fixture(scope="session")
-def tiny() -> ModuleType:
-    pytest.importorskip("onnx")
-    path = Path(__file__).parents[2] / "runtime" / "tiny.py"
-    spec = importlib.util.spec_from_file_location("edgead_tests_tiny_ota", path)
+def module_at(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    pytest.importorskip("onnx")
+    return module_at("edgead_tests_tiny_ota", Path(__file__).parents[2] / "runtime" / "tiny.py")
+
+
+@pytest.fixture(scope="session")
+def services() -> ModuleType:
+    """The module services.py beside this file."""
+    return module_at("edgead_tests_services", Path(__file__).with_name("services.py"))
+
+
+@pytest.fixture(scope="session")
+def postgres(services: ModuleType) -> Iterator[Any]:
+    """A PostgreSQL of these tests' own."""
+    if services.program("initdb") is None or services.program("postgres") is None:
+        pytest.skip("PostgreSQL is not installed here")
+    pytest.importorskip("psycopg")
+    cluster = services.Postgres()
+    try:
+        yield cluster.start()
+    finally:
+        cluster.close()
+
+
+@pytest.fixture
+def mosquitto(services: ModuleType, tmp_path: Path) -> Iterator[Any]:
+    """A broker of this test's own."""
+    if services.program("mosquitto") is None:
+        pytest.skip("Mosquitto is not installed here")
+    folder = tmp_path / "broker"
+    folder.mkdir()
+    broker = services.Mosquitto(folder)
+    try:
+        yield broker.start()
+    finally:
+        broker.stop()
 
 
 @pytest.fixture(scope="session")
