@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgead.runtime import candidates_cli
 from edgead.runtime.device_folder import (
     ROOT_BYTES,
     init_device,
@@ -265,5 +266,8 @@ def _without_password(address: str) -> str:
 
     return shown(address)
 
+
+for _command in candidates_cli.COMMANDS:
+    device.add_command(_command)
 
 __all__ = ["device"]

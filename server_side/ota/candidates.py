@@ -94,6 +94,10 @@ class StoreLimits:
     bytes: int = 8 * 2**30
 
 
+class UnknownDeviceError(CandidateError):
+    """A candidate is from a device that the publisher does not know."""
+
+
 class FullError(StorageError):
     """A store has no room for a further candidate."""
 
@@ -115,21 +119,32 @@ def accept_candidate(data: bytes, keys: Keys) -> Candidate:
         keys: of the devices that the publisher knows.
 
     Raises:
-        CandidateError: no candidate, of an unknown device, signed with another key, or with a damaged picture.
+        UnknownDeviceError: of a device that is not known.
+        CandidateError: no candidate, signed with another key, or with a damaged picture.
     """
     candidate = decode_candidate(data)
-    device = candidate.mark.device
-    key = keys(device) if callable(keys) else keys.get(device)
-    if key is None:
-        raise CandidateError(
-            wanted="a candidate of a device that the publisher knows",
-            got=f"one of {device!r}",
-            next_step="Register the device with: edgead ota devices add",
-        )
-    candidate.verify(key)
+    check_signer(candidate, keys)
     candidate.frame()
     candidate.region()
     return candidate
+
+
+def check_signer(candidate: Candidate, keys: Keys) -> None:
+    """Check that a device which the publisher knows today signed a candidate.
+
+    Raises:
+        UnknownDeviceError: it is not known, or not any more.
+        CandidateError: signed with another key than the device's.
+    """
+    device = candidate.mark.device
+    key = keys(device) if callable(keys) else keys.get(device)
+    if key is None:
+        raise UnknownDeviceError(
+            wanted="a candidate of a device that the publisher knows",
+            got=f"one of the unknown device {device!r}",
+            next_step="Register the device with: edgead ota devices add",
+        )
+    candidate.verify(key)
 
 
 class CandidateStore:
@@ -315,7 +330,9 @@ __all__ = [
     "Keys",
     "State",
     "StoreLimits",
+    "UnknownDeviceError",
     "accept_candidate",
+    "check_signer",
     "decided",
     "keys_of",
 ]

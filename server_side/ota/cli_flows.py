@@ -25,7 +25,7 @@ _SHOWN = 12
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
-def _shipping(command: _Command) -> _Command:
+def shipping_options(command: _Command) -> _Command:
     """The options of every flow."""
     options = [
         click.option(
@@ -44,7 +44,7 @@ def _shipping(command: _Command) -> _Command:
     return command
 
 
-def _teaching(command: _Command) -> _Command:
+def teaching_options(command: _Command) -> _Command:
     """The options of flows that change a bank."""
     options = [
         click.option(
@@ -76,7 +76,7 @@ def _teaching(command: _Command) -> _Command:
 )
 @click.option("--model", help="Name or config of the text encoder; the bundle's if left out.")
 @click.option("--model-weights", help="Its pretrained tag, checkpoint or TAG=FILE; the bundle's if left out.")
-@_shipping
+@shipping_options
 @pin_options
 @key_options
 @llm_options
@@ -115,15 +115,15 @@ def add_normality(
         after = taught(bundle, before, sentence, class_name, domain, phrases, model, model_weights, words, as_json)
         told = notes or f"normal from now on: {sentence}"
         shipped, pin = _ship(repository, keyring, after, groups, now_normal, told, words)
-    _finish(folder, product, before, after, shipped, None, pin, as_json)
+    finish_flow(folder, product, before, after, shipped, None, pin, as_json)
 
 
 @click.command("add-normal")
 @FOLDER
 @PRODUCT
 @click.argument("images", type=PATH)
-@_teaching
-@_shipping
+@teaching_options
+@shipping_options
 @pin_options
 @key_options
 def add_normal(folder: Path, product: str, images: Path, **words: Any) -> None:
@@ -146,8 +146,8 @@ def add_normal(folder: Path, product: str, images: Path, **words: Any) -> None:
 @PRODUCT
 @click.argument("image", type=PATH)
 @click.option("--mask", type=PATH, metavar="IMAGE", help="Where the defect is; found by its distance if left out.")
-@_teaching
-@_shipping
+@teaching_options
+@shipping_options
 @pin_options
 @key_options
 def add_anomaly(folder: Path, product: str, image: Path, mask: Path | None, **words: Any) -> None:
@@ -170,28 +170,54 @@ def _teach(
     told: str,
     words: dict[str, Any],
 ) -> None:
-    from edgead.server_side.ota.flows import teach
-    from edgead.server_side.ota.provenance import keep_provenance
-
     if not pictures:
         raise InputError(wanted="pictures to teach", got="none", next_step="Name a folder with pictures.")
     with open_for_change(folder, words["keys"], words["passphrase_env"]) as (repository, keyring):
-        change = teach(
-            repository,
-            product,
-            pictures,
-            anomalous=anomalous,
-            held_out=words["held_out"],
-            defects=words["defects"],
-            most=words["most"],
-            target=words["target"],
-        )
-        notes = words["notes"] or told
-        # Defects unlike every good part move no score of one, and the thresholds set anew come out as they were.
-        groups, now_normal = words["groups"], words["now_normal"]
-        shipped, pin = _ship(repository, keyring, change.after, groups, now_normal, notes, words, change.provenance)
-        keep_provenance(repository, change.provenance)
-    _finish(folder, product, change.before, change.after, shipped, change, pin, words["as_json"])
+        change, shipped, pin = teach_and_ship(repository, keyring, product, pictures, anomalous, told, words)
+    finish_flow(folder, product, change.before, change.after, shipped, change, pin, words["as_json"])
+
+
+def teach_and_ship(
+    repository: Repository,
+    keyring: Keyring,
+    product: str,
+    pictures: list[tuple[Path, Path | None]],
+    anomalous: bool,
+    told: str,
+    words: dict[str, Any],
+) -> tuple[BankChange, Shipped, dict[str, Any] | None]:
+    """Rows of pictures, in a signed release for some groups.
+
+    Args:
+        repository, keyring: to be changed and signed.
+        product: whose.
+        pictures: with their masks, or None.
+        anomalous: whether they show defects.
+        told: notes of the release, if nobody gave others.
+        words: of `teaching_options`, `shipping_options` and `pin_options`.
+
+    Returns:
+        what changed, what was released, and what to tell of the pin.
+    """
+    from edgead.server_side.ota.flows import teach
+    from edgead.server_side.ota.provenance import keep_provenance
+
+    change = teach(
+        repository,
+        product,
+        pictures,
+        anomalous=anomalous,
+        held_out=words["held_out"],
+        defects=words["defects"],
+        most=words["most"],
+        target=words["target"],
+    )
+    notes = words["notes"] or told
+    # Defects unlike every good part move no score of one, and the thresholds set anew come out as they were.
+    groups, now_normal = words["groups"], words["now_normal"]
+    shipped, pin = _ship(repository, keyring, change.after, groups, now_normal, notes, words, change.provenance)
+    keep_provenance(repository, change.provenance)
+    return change, shipped, pin
 
 
 def _ship(
@@ -214,7 +240,7 @@ def _ship(
     return shipped, pin
 
 
-def _finish(
+def finish_flow(
     folder: Path,
     product: str,
     before: Pack,
@@ -223,7 +249,9 @@ def _finish(
     change: BankChange | None,
     pin: dict[str, Any] | None,
     as_json: bool,
+    more: dict[str, Any] | None = None,
 ) -> None:
+    """Tell what a flow did; `more` is for programs."""
     from edgead.runtime.tables import bytes_text
     from edgead.server_side.ota.publish import delta_path
 
@@ -258,7 +286,7 @@ def _finish(
         f"goes to {', '.join(record.groups) or 'no group'} and {record.percent:g} % of the others",
         f"next: edgead ota rollout {folder} {product} --percent 100",
     ]
-    finish(as_json, content, *lines)
+    finish(as_json, content | (more or {}), *lines)
 
 
 COMMANDS = (add_normality, add_normal, add_anomaly)
