@@ -173,7 +173,7 @@ def _anomalies(samples: Samples, preprocessing: Preprocessing, progress: Progres
         covered: NDArray[np.bool_] = np.zeros(tiles.shape[:3], np.bool_)
         if mask_path is not None:
             mask = defect_mask(read_photograph(mask_path), mask_path, path, picture)
-            covered = prepare(mask, preprocessing)[..., 0] > 127
+            covered = prepare(mask, preprocessing)[..., 0] > 0
             # Of a tiled frame only the tiles with the anomaly show one.
             tiles, covered = tiles[covered.any((1, 2))], covered[covered.any((1, 2))]
         frames.append(tiles)
