@@ -28,7 +28,9 @@ AHEAD_SECONDS = 86_400.0
 MOST_FILES = 1_000_000
 """Files of a folder that are looked at."""
 _DEPTH = 8
-_OTHERS = frozenset({DEVICES, "device.json", "device.copy.json", "root.json", "root.copy.json", "last.json"})
+_OTHERS = frozenset(
+    {DEVICES, "device.json", "device.copy.json", "root.json", "root.copy.json", "last.json", "sent.json"}
+)
 """Files beside statuses that are none, by their names."""
 
 
