@@ -260,9 +260,11 @@ class Fetcher:
 
     def _settle(self, connection: http.client.HTTPConnection, answer: http.client.HTTPResponse) -> None:
         """Keep the connection if the rest of the answer is short, as that of "not found" is."""
-        # An answer that was read to its last byte, or has none, is not closed before somebody asks for one more.
         left = answer.length
-        if not answer.isclosed() and left is not None and left < _CHUNK:
+        if left == 0:
+            # An answer that was read to its last byte, or has none, is not closed before somebody asks for one more.
+            answer.read()
+        elif not answer.isclosed() and left is not None and left < _CHUNK:
             with (
                 contextlib.suppress(OSError, http.client.HTTPException, ValueError),
                 ended_after(connection, self.limits.gap_s),

@@ -18,6 +18,7 @@ from edgead.runtime.notes import NOTE, check_note, is_note
 from edgead.runtime.spec import Calibration
 
 _CHUNK = 2**20
+_CALIBRATION = msgspec.structs.fields(Calibration)
 """Elements looked at in one go: bounds the memory that a check needs."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}\Z")
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}\Z")
@@ -90,7 +91,7 @@ def calibration_text(calibration: Calibration) -> str:
         KnowledgeError: a number is missing, not finite or out of its range.
     """
     content: dict[str, float | int] = {}
-    for field in msgspec.structs.fields(Calibration):
+    for field in _CALIBRATION:
         value = getattr(calibration, field.name)
         if value == field.default:
             continue
