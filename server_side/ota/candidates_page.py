@@ -83,7 +83,7 @@ def _section(entry: Entry) -> str:
         ("decision", _decision(entry)),
     ]
     title = f"{escape(mark.device)}: {escape(mark.product)}, {kind} <code>{entry.id[:_SHOWN]}</code>"
-    return f'<h2>{title}</h2><div class="pair">{pictures}</div>' + html.table(("", ""), rows)
+    return f'<h2>{title}</h2><div class="pair">{pictures}</div>' + html.table(("about it", ""), rows)
 
 
 def _decision(entry: Entry) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgead.runtime.errors import InputError
-from edgead.server_side.ota import cli_flows, cli_keys, cli_pins
+from edgead.server_side.ota import candidates_cli, cli_flows, cli_keys, cli_pins
 from edgead.server_side.ota.cli_options import (
     FOLDER,
     JSON,
@@ -43,7 +43,7 @@ def ota() -> None:
     """
 
 
-for _command in (*cli_keys.COMMANDS, *cli_flows.COMMANDS, *cli_pins.COMMANDS):
+for _command in (*cli_keys.COMMANDS, *cli_flows.COMMANDS, *cli_pins.COMMANDS, *candidates_cli.COMMANDS):
     ota.add_command(_command)
 
 
