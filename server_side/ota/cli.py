@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgead.runtime.errors import InputError
-from edgead.server_side.ota import candidates_cli, cli_flows, cli_keys, cli_pins
+from edgead.server_side.ota import candidates_cli, cli_flows, cli_keys, cli_pins, custodians_cli, fleet_cli, guard_cli
 from edgead.server_side.ota.cli_options import (
     FOLDER,
-    JSON,
     PATH,
     PRODUCT,
     finish,
     key_options,
-    keyring_of,
     open_for_change,
 )
 from edgead.server_side.ota.cli_pins import pin_line, pin_options, pin_pack
@@ -45,6 +43,8 @@ def ota() -> None:
 
 for _command in (*cli_keys.COMMANDS, *cli_flows.COMMANDS, *cli_pins.COMMANDS, *candidates_cli.COMMANDS):
     ota.add_command(_command)
+for _command in (*custodians_cli.COMMANDS, *fleet_cli.COMMANDS, *guard_cli.COMMANDS):
+    ota.add_command(_command)
 
 
 @ota.command()
@@ -58,12 +58,14 @@ for _command in (*cli_keys.COMMANDS, *cli_flows.COMMANDS, *cli_pins.COMMANDS, *c
     is_flag=True,
     help="Publish NAME.provenance, too: names and digests of photographs. Cameras do not fetch it.",
 )
+@custodians_cli.DRAFT
 @key_options
 def publish(
     folder: Path,
     files: tuple[Path, ...],
     calibrated: bool,
     with_provenance: bool,
+    draft: Path | None,
     keys: tuple[Path, ...],
     passphrase_env: tuple[str, ...],
     as_json: bool,
@@ -84,6 +86,8 @@ def publish(
     from edgead.server_side.ota.pins import publish_beside, put_pin
     from edgead.server_side.ota.provenance import keep_provenance
 
+    if draft is not None and len(files) != 1:
+        raise InputError(wanted="one FILE for a draft", got=str(len(files)), next_step="Draft them one after another.")
     with open_for_change(folder, keys, passphrase_env) as (repository, keyring):
         done: list[Published] = []
         for path in files:
@@ -97,7 +101,7 @@ def publish(
                 done.append(room.publish_pack(repository, pack, calibrated=calibrated))
                 done[-1].files += publish_beside(repository, path, pack, sources=with_provenance)
             if done[-1].files:
-                repository.commit(keyring)
+                custodians_cli.commit_or_draft(repository, keyring, draft, f"publish {path.name}")
             record = provenance_beside(path)
             if record is not None and record.product in repository.settings.products:
                 keep_provenance(repository, record)
@@ -122,6 +126,7 @@ def publish(
 @click.option("--target", help="Engine of the bundle to run the release test with; the best of this machine.")
 @click.option("--notes", default="", help="For people.")
 @pin_options
+@custodians_cli.DRAFT
 @key_options
 def release(
     folder: Path,
@@ -132,6 +137,7 @@ def release(
     now_normal: tuple[str, ...],
     target: str | None,
     notes: str,
+    draft: Path | None,
     keys: tuple[Path, ...],
     passphrase_env: tuple[str, ...],
     as_json: bool,
@@ -162,7 +168,7 @@ def release(
         )
         digest = made.product_packs[product]
         told = pin_pack(repository, product, digest, words)
-        repository.commit(keyring)
+        custodians_cli.commit_or_draft(repository, keyring, draft, f"release {made.counter} of {product}")
     content = {
         "release": release_path(product, made.counter),
         "counter": made.counter,
@@ -246,28 +252,6 @@ def rollout(
             )
         repository.commit(keyring)
     finish(as_json, _record(record), _told(record))
-
-
-@ota.command()
-@FOLDER
-@click.option("--keys", type=PATH, multiple=True, metavar="DIR", help="Key folder: says which keys are in it.")
-@JSON
-def status(folder: Path, keys: tuple[Path, ...], as_json: bool) -> None:
-    """Roles and when they expire, engines, and each product's releases and roll-out. Opens no private key.
-
-    \b
-    Example:
-      edgead ota status updates/ --keys keys/
-      edgead ota status updates/ --json
-    """
-    from edgead.server_side.ota.repository import opened
-    from edgead.server_side.ota.status import status as look
-    from edgead.server_side.ota.status import status_text
-
-    keyring = keyring_of(keys, ()) if keys else None
-    with opened(folder, keyring.root if keyring else None) as repository:
-        content = look(repository, keyring)
-    finish(as_json, content, status_text(content))
 
 
 @ota.command()

@@ -93,13 +93,20 @@ class Keyring:
         """Whether a folder names this key."""
         return keyid in self.records
 
+    def holds(self, keyid: str) -> bool:
+        """Whether the private half is here, or elsewhere by a URI; the keyring may name others' keys, too."""
+        record = self.records.get(keyid)
+        if record is None or not record.uri.startswith("pem:"):
+            return record is not None
+        return (record.folder / record.uri.removeprefix("pem:")).is_file()
+
     def signers(self, keys: Iterable[Key], count: int, role: str) -> list[Signer]:
         """Signers for `count` of these keys, the first that are here.
 
         Raises:
             InputError: fewer are here, or a passphrase or signer does not fit.
         """
-        here = [self.records[key.keyid] for key in keys if key.keyid in self.records]
+        here = [self.records[key.keyid] for key in keys if self.holds(key.keyid)]
         if len(here) < count:
             raise InputError(
                 wanted=f"{count} private key{'s' * (count > 1)} of the role {role}",

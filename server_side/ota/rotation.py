@@ -82,7 +82,7 @@ def renew(repository: Repository, roles: Sequence[str], keyring: Keyring) -> Non
         if kind == "targets":
             repository.edit(kind)
         elif kind in KINDS:
-            for name in _names(repository, kind):
+            for name in roles_of(repository, kind):
                 repository.edit(name)
     left = repository.snapshot.signed.expires - repository.clock()
     if roles or left.days * 3 <= repository.settings.days["snapshot"]:
@@ -100,17 +100,17 @@ def _replace(repository: Repository, kind: str, old: Sequence[str], keyring: Key
     kept = [key for key in keys if key.keyid not in old]
     new = [*kept, *(signer.public_key for signer in made)]
     if kind in KINDS:
-        _delegate(repository, kind, new)
+        delegate(repository, kind, new)
         repository.commit(keyring)
     else:
         _hand_over(repository, kind, new, made, keyring)
     return [signer.public_key.keyid for signer in made]
 
 
-def _delegate(repository: Repository, kind: str, new: Sequence[Key]) -> None:
+def delegate(repository: Repository, kind: str, new: Sequence[Key]) -> None:
     """Change who signs a kind of delegated roles, and have all of them signed anew."""
     # All of them are read before anything changes, because they are verified by the old keys.
-    contents = [repository.edit(name) for name in _names(repository, kind)]
+    contents = [repository.edit(name) for name in roles_of(repository, kind)]
     delegations = repository.edit("targets").delegations
     assert delegations is not None
     assert delegations.roles is not None
@@ -150,6 +150,6 @@ def _hand_over(repository: Repository, kind: str, new: Sequence[Key], made: Sequ
     repository.commit_root(keyring, old)
 
 
-def _names(repository: Repository, kind: str) -> list[str]:
+def roles_of(repository: Repository, kind: str) -> list[str]:
     """All roles that a kind's keys sign."""
     return [name for name in repository.layout.delegated() if repository.layout.kind_of(name) == kind]
