@@ -129,8 +129,8 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     class_name: str = "part"
     mode: Literal["add", "rep"] = "add"
     """`add`: the anomalies of each round join those before; `rep`: hard ones replace easy ones, at equal number."""
-    rounds: Annotated[int, Meta(ge=0, le=99)] = 2
-    """Rounds of preference training after round 0, which is KKA(0)."""
+    rounds: Annotated[int, Meta(ge=0, le=99)] = 0
+    """Rounds of preference training after round 0, which is KKA(0); 2 or 3 in the paper."""
     captions: Positive = 200
     """Captions of each round."""
     seed: Annotated[int, Meta(ge=0, lt=2**31)] = 0

@@ -104,6 +104,8 @@ class WorkFolder:
                     got="another configuration than it was begun with",
                     next_step="Name another folder with -o, or restore the configuration.",
                 )
+            # With paths that are right from here, wherever the run was begun.
+            work.config, work.normals = config, Path(config.normals)
             return work
         if path.exists() and any(name != _LOCK for name in os.listdir(path)):
             raise OutputExistsError(
@@ -114,7 +116,9 @@ class WorkFolder:
         write_file(path / _TOML, toml)
         run = {"schema": SCHEMA, "config": hashlib.sha256(toml).hexdigest(), "normals": config.normals}
         write_file(path / _RUN, json.dumps(run, indent=1, sort_keys=True).encode() + b"\n")
-        return cls(path)
+        work = cls(path)
+        work.config = config
+        return work
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
