@@ -18,8 +18,8 @@ from edgead.runtime.notes import NOTE, check_note, is_note
 from edgead.runtime.spec import Calibration
 
 _CHUNK = 2**20
-_CALIBRATION = msgspec.structs.fields(Calibration)
 """Elements looked at in one go: bounds the memory that a check needs."""
+_CALIBRATION = msgspec.structs.fields(Calibration)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}\Z")
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}\Z")
 
