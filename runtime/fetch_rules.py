@@ -97,7 +97,7 @@ def judge(
             next_step="Check the address of the repository; it is tried again by itself.",
             transient=status in (408, 425, 429) or status >= 500,
             status=status,
-            retry_after=_seconds(headers.get("retry-after", "")),
+            retry_after=seconds_of(headers.get("retry-after", "")),
         )
     if headers.get("content-encoding", "identity").lower() != "identity":
         raise _other(name, "a file as it is", f"one that is encoded as {headers['content-encoding'][:40]}")
@@ -185,7 +185,7 @@ def restless(url: str) -> FetchContentError:
     )
 
 
-def _seconds(text: str) -> float | None:
+def seconds_of(text: str) -> float | None:
     """Retry-After in seconds; a date is taken as a minute, since clocks of devices are not trusted."""
     text = text.strip()
     if not text:
@@ -211,6 +211,7 @@ __all__ = [
     "late",
     "pause",
     "restless",
+    "seconds_of",
     "shown",
     "too_long",
 ]

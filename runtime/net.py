@@ -27,11 +27,13 @@ def ended_after(connection: http.client.HTTPConnection, seconds: float) -> Itera
         TimeoutError: it did.
     """
     ended = threading.Event()
+    # A connection lets go of its socket when an answer says that it is the last one; the answer still reads from it.
+    held = connection.sock
 
     def end() -> None:
         ended.set()
         with contextlib.suppress(OSError, AttributeError):
-            connection.sock.shutdown(socket.SHUT_RDWR)
+            (connection.sock or held).shutdown(socket.SHUT_RDWR)
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True
