@@ -46,7 +46,7 @@ Example:
     type=click.Path(path_type=Path, file_okay=False),
     envvar=CACHE_VARIABLE,
     help=f"Keep the plans here; set ${CACHE_VARIABLE} to the same folder where they are used.  "
-    "[default: inside the bundle]",
+    "[default: inside the bundle, or in the store that it lies in]",
 )
 @click.option("--force", is_flag=True, help="Build even where fitting plans are there.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was built as JSON.")
@@ -100,7 +100,7 @@ def compile_bundle(
         library: 'tensorrt' or 'tensorrt_rtx'; None for the first that is installed.
         device: number of the GPU.
         capabilities: build ahead of time for these instead of for the GPU that is here.
-        cache: keep the plans here; None for $EDGEAD_PLAN_CACHE, or the bundle's own folder.
+        cache: keep the plans here; None for $EDGEAD_PLAN_CACHE, or the folder of the bundle or of its store.
         force: build in any case.
 
     Returns:

@@ -3,6 +3,7 @@
     state.a, state.b            two copies of the state (see `edgead.runtime.slots_state`), written in turn
     packs/<sha256>.safetensors  knowledge packs      engines/<sha256>.edgead  bundles in one file
     releases/<sha256>.json      release records      good/<sha256>             empty: the device confirmed that one
+    plans/<sha256>/             what this device compiled from that engine; goes with it
     downloads/ frames/ spool/ metadata/              for those who fetch, replay and report; not touched here
     state.lock, update.lock     held for moments by whoever changes the state; for an update by the one updater
 

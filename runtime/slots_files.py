@@ -2,12 +2,16 @@
 
 A file appears whole or not at all, and is checked against its name whenever it is read. So a name that two releases
 share is one file, and a damaged one can be told from a good one without asking anybody.
+
+Beside them lie the plans that this device compiled from an engine, in `plans/<SHA-256 of the engine>/`. They are
+checked by whoever uses them, and go when their engine goes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
@@ -15,7 +19,9 @@ from edgead.runtime.disk import PART, Disk, put_file
 from edgead.runtime.errors import BundleError, OutOfMemoryError, StorageError, StoreDamagedError, storage_errors
 
 PACKS, ENGINES, RELEASES = "packs", "engines", "releases"
+PLANS = "plans"
 _SUFFIX = {PACKS: ".safetensors", ENGINES: ".edgead", RELEASES: ".json"}
+_ENGINE = re.compile(r"([0-9a-f]{64})\.edgead\Z")
 
 
 class StoreFiles:
@@ -147,7 +153,7 @@ class StoreFiles:
         self._remove_if(lambda kind, name: name.endswith(PART))
 
     def remove_but(self, keep: Collection[str]) -> int:
-        """Remove every file that is not among these.
+        """Remove every file that is not among these, and the plans of every engine that is not.
 
         Args:
             keep: paths in the store, as `name` gives them.
@@ -158,7 +164,12 @@ class StoreFiles:
         Raises:
             StorageError: the file system refused.
         """
-        return self._remove_if(lambda kind, name: f"{kind}/{name}" not in keep)
+        freed = self._remove_if(lambda kind, name: f"{kind}/{name}" not in keep)
+        with storage_errors(self.folder / PLANS, "to remove plans"):
+            for name in self._disk.names(self.folder / PLANS):
+                if f"{ENGINES}/{name}{_SUFFIX[ENGINES]}" not in keep:
+                    freed += self._remove_tree(self.folder / PLANS / name)
+        return freed
 
     def _remove_if(self, unwanted: Callable[[str, str], bool]) -> int:
         freed = 0
@@ -169,6 +180,16 @@ class StoreFiles:
                     with storage_errors(path, "to remove a file"):
                         freed += self._disk.size(path)
                         self._disk.remove(path)
+        return freed
+
+    def _remove_tree(self, path: Path) -> int:
+        if path.is_symlink() or not path.is_dir():
+            size = 0 if path.is_symlink() else self._disk.size(path)
+            self._disk.remove(path)
+            return size
+        freed = sum(self._remove_tree(path / name) for name in self._disk.names(path))
+        with contextlib.suppress(OSError):  # somebody compiles right now; an empty folder costs nothing
+            path.rmdir()
         return freed
 
     def name(self, kind: str, digest: str) -> str:
@@ -183,6 +204,13 @@ class StoreFiles:
             next_step="Fetch them whole and put them into the store again.",
             fetch=tuple(sorted(reasons)),
         )
+
+
+def plans_of(engine: Path) -> Path | None:
+    """Where a device keeps the plans that it compiled from an engine of its store; None for any other file."""
+    place = engine.absolute()
+    found = _ENGINE.match(place.name)
+    return place.parent.parent / PLANS / found[1] if found and place.parent.name == ENGINES else None
 
 
 def checked(chunks: Iterable[bytes], digest: str, size: int) -> Iterator[bytes]:

@@ -1,9 +1,11 @@
 """TensorRT plans as files: what they were built from, what for, and whether they may be used here.
 
 A bundle's TensorRT engine always ships its source: ONNX of trunk and head, and `recipe.json` with the shapes
-to build for. A plan may lie beside them (built ahead of time) or in a cache of the device:
+to build for. A plan may lie beside them (built ahead of time) or in a cache of the device, which is that of the
+device's store where the bundle is an engine of one:
 
     compiled/<engine>/trunk.plan, head.plan, record.json, timing.cache
+    plans/<sha256 of the bundle>/<engine>/...
 
 Nothing here imports TensorRT.
 """
@@ -19,6 +21,7 @@ from msgspec import Struct
 
 from edgead.runtime.bundle import Bundle
 from edgead.runtime.errors import BundleError, EngineMismatchError, storage_errors
+from edgead.runtime.slots_files import plans_of
 from edgead.runtime.spec import DeviceMatch, Digest, EngineRecord, Name
 
 RECIPE = "recipe.json"
@@ -93,10 +96,10 @@ def sources_of(bundle: Bundle, record: EngineRecord) -> dict[str, str]:
 
 
 def plan_folder(bundle: Bundle, record: EngineRecord, cache: Path | None = None) -> Path | None:
-    """Where this machine keeps the engine's plans: in `cache`, in $EDGEAD_PLAN_CACHE, or in the bundle.
+    """Where this machine keeps the engine's plans: in `cache`, in $EDGEAD_PLAN_CACHE, in the bundle, or in its store.
 
     In a shared cache the folder is named after the engine's sources, so equal engines share it. None for a
-    bundle in one file if no cache is named. The folder may not exist.
+    bundle in one file if no cache is named and it lies in no device's store. The folder may not exist.
     """
     if cache is None and os.environ.get(CACHE_VARIABLE):
         cache = Path(os.environ[CACHE_VARIABLE])
@@ -104,7 +107,8 @@ def plan_folder(bundle: Bundle, record: EngineRecord, cache: Path | None = None)
         sources = sources_of(bundle, record)
         text = "".join(f"{name}\0{digest}\n" for name, digest in sorted(sources.items()))
         return cache / f"{record.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    return bundle.compiled / record.name if bundle.compiled is not None else None
+    place = plans_of(bundle.path) if bundle.compiled is None else bundle.compiled
+    return None if place is None else place / record.name
 
 
 def read_record(folder: Path | None) -> PlanRecord | None:
