@@ -29,7 +29,7 @@ STATE_BYTES = 64 * 2**10
 """Largest copy of the state."""
 MOST_QUARANTINED = 32
 """Refused releases that are remembered by name; older ones are refused by their counter alone."""
-_FROZEN = 400
+_FROZEN = 160
 _LAST_YEAR = 253_402_300_799.0
 
 
