@@ -134,7 +134,7 @@ def _stage_command(name: str, text: str) -> None:
     @_RAY
     @_JSON
     def command(config: Path, output: Path | None, number: int | None, ray: str | None, as_json: bool) -> None:
-        _run(config, output, name if name != "run" else "prefer", number, ray, as_json)
+        _run(config, output, None if name == "run" else name, number, ray, as_json)
 
 
 _stage_command("run", "Run all stages of all rounds, and write the report.")
@@ -206,13 +206,15 @@ def export_set(work: Path, number: int | None, only: str | None, output: Path, f
     click.echo(f"wrote {count} images, {masks} with masks, of KKA({which}) to {output}")
 
 
-def _run(config: Path, output: Path | None, stage: str, number: int | None, ray: str | None, as_json: bool) -> None:
+def _run(
+    config: Path, output: Path | None, stage: str | None, number: int | None, ray: str | None, as_json: bool
+) -> None:
     checked = read_config(config)
     with storage_errors(config, "to read the configuration"), open(config, "rb") as stream:
         toml = stream.read(CONFIG_BYTES)
     # torch comes with these imports, so mistakes in the configuration are told before them
     from edgead.server_side.kka.makers import opened_makers
-    from edgead.server_side.kka.rounds import STAGES, facts, run
+    from edgead.server_side.kka.rounds import facts, run
 
     if number is not None and number > checked.rounds:
         raise InputError(
@@ -223,10 +225,10 @@ def _run(config: Path, output: Path | None, stage: str, number: int | None, ray:
         work.locked(),
         opened_makers(checked, ray=ray, say=lambda line: click.echo(line, err=True)) as makers,
     ):
-        run(work, makers, last_stage=stage, last_round=number)
+        run(work, makers, stage=stage, last_round=number)
         done = [at for at in range(checked.rounds + 1) if work.is_done("judge", at)]
         found = [facts(work, at) for at in done]
-        if stage == STAGES[-1]:
+        if stage is None:
             from edgead.server_side.kka.report import write_report
 
             write_report(work)

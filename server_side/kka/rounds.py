@@ -73,39 +73,47 @@ class Makers:
     say: Callable[[str], object] = lambda line: None
 
 
-def run(work: WorkFolder, makers: Makers, *, last_stage: str = "prefer", last_round: int | None = None) -> None:
-    """Do what is left of a run, up to a stage of a round.
+def run(work: WorkFolder, makers: Makers, *, stage: str | None = None, last_round: int | None = None) -> None:
+    """Do what is left of a run: all of it, or up to a stage.
 
     Args:
         work: the run; the caller holds its lock.
         makers: who does it.
-        last_stage: one of `STAGES`; nothing after it is done in the last round.
-        last_round: which round is the last; all that the configuration asks for if None.
+        stage: one of `STAGES`: nothing after it is done in the last round; None for all.
+        last_round: which round is the last. None for all that the configuration asks for or, with a stage, for the
+            first round in which it is not complete.
 
     Raises:
         EdgeadError: what a stage could not do; everything that was made is kept, and the run goes on from there.
     """
-    wanted = STAGES.index(last_stage)
-    rounds = work.config.rounds if last_round is None else min(last_round, work.config.rounds)
+    until = len(STAGES) if stage is None else STAGES.index(stage)
+    rounds = work.config.rounds
+    if last_round is not None:
+        rounds = min(last_round, rounds)
+    elif stage is not None:
+        rounds = next((at for at in range(rounds) if not work.is_done(stage, at)), rounds)
     makers.describe(work)
-    if wanted >= 1:
-        pick_representatives(work, _once(makers.embedder)()) if not work.is_done("representatives") else None
+    if until >= 1 and not work.is_done("representatives"):
+        pick_representatives(work, makers.embedder())
     painter = _once(makers.painter)
-    for number in range(rounds + 1):
+    for number in range(rounds + 1 if until >= 2 else 0):
         # Every round but the last is whole, since the next one rests on it.
-        until = wanted if number == rounds else len(STAGES)
-        if until >= 2 and not work.is_done("imagine", number):
-            imagine(work, number, makers.author(adapter_before(work, number)), painter())
-        if until >= 3 and not work.is_done("paint", number):
-            paint(work, number, painter(), makers.mapped)
-        if until >= 4 and not work.is_done("judge", number):
-            evaluator = makers.evaluator(work, number)
-            judge(work, number, evaluator, evaluator.limit)
-        if until >= 5:
-            collect(work, number)
-            _measure(work, number, makers)
-        if until >= 6 and number < work.config.rounds:
-            _prefer(work, number, makers)
+        _round(work, makers, painter, number, until if number == rounds else len(STAGES))
+
+
+def _round(work: WorkFolder, makers: Makers, painter: Callable[[], Painter], number: int, until: int) -> None:
+    if not work.is_done("imagine", number):
+        imagine(work, number, makers.author(adapter_before(work, number)), painter())
+    if until >= 3 and not work.is_done("paint", number):
+        paint(work, number, painter(), makers.mapped)
+    if until >= 4 and not work.is_done("judge", number):
+        evaluator = makers.evaluator(work, number)
+        judge(work, number, evaluator, evaluator.limit)
+    if until >= 5:
+        collect(work, number)
+        _measure(work, number, makers)
+    if until >= 6 and number < work.config.rounds:
+        _prefer(work, number, makers)
 
 
 def adapter_before(work: WorkFolder, number: int) -> Path | None:

@@ -130,12 +130,22 @@ def imagine(work: WorkFolder, number: int, author: Author, painter: Painter) -> 
                 parents = [representatives[place % len(representatives)] for place in places]
                 prompts = [_prompt(config, captions[parent.parent]) for parent in parents]
                 written = _written(config, number, author, painter, places, prompts)
-                for name, parent, prompt, (text, refused, seed) in zip(names, parents, prompts, written, strict=True):
-                    if name in have:
-                        continue
-                    by = Made(author.kind, author.name, author.digest, prompt, seed)
-                    work.append(Caption(name, number, parent.id, text, by, refused), number)
-                    made.append(1)
+                new = [
+                    Caption(
+                        name,
+                        number,
+                        parent.id,
+                        text,
+                        Made(author.kind, author.name, author.digest, prompt, seed),
+                        refused,
+                    )
+                    for name, parent, prompt, (text, refused, seed) in zip(
+                        names, parents, prompts, written, strict=True
+                    )
+                    if name not in have
+                ]
+                work.append_all(new, number)
+                made.append(len(new))
             progress.advance(len(names))
         usable = sum(not record.refused for record in work.records(Caption, number))
         if not usable:
@@ -175,7 +185,7 @@ def paint(work: WorkFolder, number: int, painter: Painter, mapped: OrderedMap[Jo
             file = f"{folder}/images/{job.name}.png"
             mask = f"{folder}/masks/{job.name}.png" if painted.mask is not None else ""
             if painted.mask is not None:
-                work.write(mask, encode_png(painted.mask))
+                work.write(mask, encode_png(np.repeat(painted.mask[..., None], 3, axis=2)))
             work.write(file, data)
             work.append(
                 Image(
@@ -252,15 +262,16 @@ def judge(work: WorkFolder, number: int, evaluator: Evaluator, limit: float) -> 
             part = images[start : start + _EMBED_BATCH]
             if not have.issuperset(record.id for record in part):
                 distances = evaluator.distances([painted_image(work, record) for record in part])
+                new = []
                 for record, distance in zip(part, distances, strict=True):
-                    if record.id in have:
-                        continue
                     # Without a mask nobody knows how visible it is.
                     faint = bool(record.mask) and record.visible < floor
                     hard = is_hard(float(distance), limit) and not faint
                     name = record.id.replace("i", "j", 1)
-                    work.append(Judgement(name, number, record.id, float(distance), limit, hard, faint), number)
-                    made.append(1)
+                    if record.id not in have:
+                        new.append(Judgement(name, number, record.id, float(distance), limit, hard, faint))
+                work.append_all(new, number)
+                made.append(len(new))
             progress.advance(len(part))
     return work.records(Judgement, number)
 
@@ -334,15 +345,14 @@ def collect(work: WorkFolder, number: int) -> list[Member]:
                 for record in work.records(Judgement, earlier)
             }
             easy = sorted((name for name, hard in members if not hard), key=lambda name: (-far[name], name))
-            hard = [record.parent for record in sorted(new, key=lambda record: record.id) if record.hard]
-            swaps = dict(zip(easy, hard, strict=False))
+            better = [record.parent for record in sorted(new, key=lambda record: record.id) if record.hard]
+            swaps = dict(zip(easy, better, strict=False))
             members = [(swaps[name], True) if name in swaps else (name, hard) for name, hard in members]
         have = {record.id for record in work.records(Member, number)}
-        for place, (name, hard_one) in enumerate(members):
-            member = Member(_name("m", number, place), number, name, hard_one)
-            if member.id not in have:
-                work.append(member, number)
-                made.append(1)
+        found = [Member(_name("m", number, at), number, name, hard) for at, (name, hard) in enumerate(members)]
+        left = [member for member in found if member.id not in have]
+        work.append_all(left, number)
+        made.append(len(left))
     return work.records(Member, number)
 
 
@@ -367,6 +377,7 @@ def preferences(work: WorkFolder, number: int) -> list[Preference]:
     rng = np.random.default_rng(seed_of(work.config.seed, "preferences", number))
     have = {record.id for record in work.records(Preference, number)}
     with work.stage("preferences", number) as made:
+        new = []
         for place in range(work.config.prefer.pairs if chosen and rejected else 0):
             if place % len(chosen) == 0:
                 order = rng.permutation(len(chosen))
@@ -383,8 +394,9 @@ def preferences(work: WorkFolder, number: int) -> list[Preference]:
                 bad.id,
             )
             if pair.id not in have:
-                work.append(pair, number)
-                made.append(1)
+                new.append(pair)
+        work.append_all(new, number)
+        made.append(len(new))
     return work.records(Preference, number)
 
 

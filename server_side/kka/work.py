@@ -15,11 +15,12 @@ the next start, and that item is made again, with the same bytes. One process wo
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from edgead.runtime.disk import RealDisk
@@ -158,21 +159,27 @@ class WorkFolder:
         return [decode_record(line, kind, f"{path}, line {at}") for at, line in enumerate(lines[:-1], 1)]
 
     def append(self, record: Record, round_number: int = 0) -> None:
-        """Add a record; it is on the disk when this returns.
+        """Add a record; it is on the disk when this returns. See `append_all`."""
+        self.append_all([record], round_number)
+
+    def append_all(self, records: Sequence[Record], round_number: int = 0) -> None:
+        """Add records of one kind; they are on the disk when this returns.
 
         Raises:
             StorageError: the file system refused; the file is then as it was.
         """
-        path = self._file(type(record), round_number)
-        with storage_errors(path, "to add a record"):
+        if not records:
+            return
+        path = self._file(type(records[0]), round_number)
+        data = b"".join(encode_record(record) for record in records)
+        with storage_errors(path, "to add records"):
             path.parent.mkdir(parents=True, exist_ok=True)
             new = not path.exists()
             with open(path, "ab", buffering=0) as stream:
                 size = stream.tell()
-                data = encode_record(record)
                 try:
                     if stream.write(data) != len(data):
-                        raise OSError(28, "No space left on device")
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                     os.fsync(stream.fileno())
                 except OSError:
                     with contextlib.suppress(OSError):
