@@ -19,6 +19,8 @@ from edgead.server_side.ota.statuses import Found, Seen
 
 NO_GROUP = "no group"
 OTHERS = "other groups"
+LISTED = 60
+"""Up to so many devices are named each."""
 _GROUPS = 40
 _LABELS = 12
 _POINTS = 240
@@ -87,6 +89,7 @@ class Fleet:
         quarantined: devices by digest of a release that failed on them.
         signs: devices by what is odd about them.
         odd: those devices, the worst first.
+        listed: all devices, if they are few.
         scores: by product and release.
     """
 
@@ -103,6 +106,7 @@ class Fleet:
     quarantined: dict[str, int] = field(default_factory=dict)
     signs: dict[Kind, int] = field(default_factory=dict)
     odd: tuple[Odd, ...] = ()
+    listed: tuple[Odd, ...] = ()
     scores: tuple[Scores, ...] = ()
 
 
@@ -142,7 +146,7 @@ def summary(
     }
     scores = score_groups(statuses)
     strange = {outlier.device: outlier.told for group in scores for outlier in group.outliers}
-    odd = []
+    told = []
     for seen in statuses:
         state = states.get(seen.status.device)
         signs = signs_of(
@@ -154,11 +158,20 @@ def summary(
             strange,
             registry=found.devices is not None,
         )
-        if signs:
-            status = seen.status
-            odd.append(
-                Odd(status.device, status.product, status.groups, status.release, seen.received, seen.verified, signs)
+        status = seen.status
+        told.append(
+            Odd(
+                status.device,
+                status.product,
+                status.groups,
+                status.release,
+                status.confirmed,
+                seen.received,
+                seen.verified,
+                signs,
             )
+        )
+    odd = [one for one in told if one.signs]
     odd.sort(key=lambda one: (KINDS.index(one.signs[0].kind), -len(one.signs), one.device))
     heard = {seen.status.device for seen in found.latest}
     by_product: dict[str, list[Seen]] = {}
@@ -185,6 +198,7 @@ def summary(
         quarantined=_most(Counter(digest for seen in statuses for digest in seen.status.quarantined)),
         signs={kind: kinds[kind] for kind in KINDS if kinds[kind]},
         odd=tuple(odd),
+        listed=tuple(told) if len(told) <= LISTED else (),
         scores=scores,
     )
 
@@ -263,4 +277,4 @@ def _most(numbers: Counter[str]) -> dict[str, int]:
     return named | ({"others": rest} if rest else {})
 
 
-__all__ = ["NO_GROUP", "OTHERS", "Fleet", "Group", "Product", "summary"]
+__all__ = ["LISTED", "NO_GROUP", "OTHERS", "Fleet", "Group", "Product", "summary"]

@@ -34,12 +34,13 @@ class Sign:
 
 @dataclass(frozen=True)
 class Odd:
-    """A device that somebody should look at, the worst sign first."""
+    """A device and what is odd about it, the worst first; nothing may be."""
 
     device: str
     product: str
     groups: tuple[str, ...]
     release: int | None
+    confirmed: bool
     received: float
     verified: bool
     signs: tuple[Sign, ...]

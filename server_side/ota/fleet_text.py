@@ -33,7 +33,7 @@ def fleet_text(fleet: Fleet, listed: Sequence[Seen] = (), *, everything: bool = 
     for product in fleet.products:
         lines += ["", *_product(product, width)]
     if listed:
-        lines += ["", *_listed(listed, fleet.time)]
+        lines += ["", *(line if everything else _cut(line, width) for line in _listed(listed, fleet.time))]
     if fleet.failures:
         lines += ["", "releases that failed"]
         for reason in fleet.failures if everything else fleet.failures[:SHOWN]:
@@ -50,10 +50,9 @@ def fleet_text(fleet: Fleet, listed: Sequence[Seen] = (), *, everything: bool = 
     if strange:
         lines += ["", "scores that stand out against the others of product and release"]
         for group in strange:
-            lines.append(
-                f"  {len(group.outliers):>6}  of {_number(group.devices)} cameras, {group.product} {group.release}: "
-                f"median score {group.ratio:.2f} of the threshold, {group.ng:.2%} NG"
-            )
+            usual = f"median score {group.ratio:.2f} of the threshold, {group.ng:.2%} NG"
+            who = f"{group.product} {group.release}, of {_number(group.devices)}"
+            lines.append(_cut(f"  {len(group.outliers):>6}  {who}: {usual}", width))
     if fleet.quarantined:
         named = ", ".join(f"{digest[:12]} on {_number(count)}" for digest, count in fleet.quarantined.items())
         lines += ["", _cut(f"quarantined: {named}", width)]

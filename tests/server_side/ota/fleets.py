@@ -34,7 +34,7 @@ def tried(device: str, outcome: str | None, *, reason: str = "", received: float
     if outcome in ("confirmed", "probation"):
         fields = {"release": 2, "counter": 2, "confirmed": outcome == "confirmed"} | fields
     attempts = () if outcome is None else (Attempt(2, outcome, reason),)  # type: ignore[arg-type]
-    return seen(device, received=received, attempts=attempts, **fields)
+    return seen(device, received=received, **({"attempts": attempts} | fields))
 
 
 REASONS = (
