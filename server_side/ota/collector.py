@@ -1,5 +1,6 @@
 """Collects the statuses of a fleet over HTTP: a Starlette application.
 
+    POST /candidates what somebody marked at a camera, where a folder for them was named; see `candidates_http`
     POST /statuses   envelopes, one per line -> 200 {"accepted": n, "known": n, "refused": [{"line": i, "reason": ...}]}
     GET /            the fleet as a page; GET /summary.json the same as numbers
     GET /metrics     counters for Prometheus
@@ -31,6 +32,7 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from edgead.runtime.errors import EdgeadError
 from edgead.server_side.ota.intake import Intake, Result, reason_text
@@ -124,7 +126,12 @@ class _RefusedRequest(Exception):
 
 
 def application(
-    intake: Intake, *, tokens: Tokens | None = None, limits: CollectorLimits | None = None, page: Page | None = None
+    intake: Intake,
+    *,
+    tokens: Tokens | None = None,
+    limits: CollectorLimits | None = None,
+    page: Page | None = None,
+    routes: Sequence[Route] = (),
 ) -> Starlette:
     """A collector as an application for any ASGI server.
 
@@ -133,10 +140,14 @@ def application(
         tokens: who may send and look; anybody if left out.
         limits: what it takes.
         page: makes the page of a fleet.
+        routes: more that devices may send to, with the same token and rate.
     """
     made = _Collector(intake, tokens or Tokens(), limits or CollectorLimits(), page)
+    for route in routes:
+        route.app = made.guarded(route.app)
     return Starlette(
         routes=[
+            *routes,
             Route("/statuses", made.statuses, methods=["POST"]),
             Route("/healthz", made.health),
             Route("/metrics", made.metrics),
@@ -230,6 +241,22 @@ class _Collector:
                         return
             except (ClientDisconnect, RuntimeError):
                 return
+
+    def guarded(self, app: ASGIApp) -> ASGIApp:
+        """An application that is asked only by who may send, and not too often."""
+
+        async def asked(scope: Scope, receive: Receive, send: Send) -> None:
+            request = Request(scope)
+            early = self._rates.wait(_address(request))
+            if early:
+                headers = {"Retry-After": str(math.ceil(early)), "Connection": "close"}
+                await _json({"error": "too many requests"}, 429, headers)(scope, receive, send)
+            elif not _may(request, self._tokens.device):
+                await _json({"error": "wanted a token"}, 401, {"Connection": "close"})(scope, receive, send)
+            else:
+                await app(scope, receive, send)
+
+        return asked
 
     async def health(self, request: Request) -> Response:
         try:

@@ -7,11 +7,12 @@ import contextlib
 import logging
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import uvicorn
+from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from edgead.runtime.errors import StorageError
@@ -32,6 +33,7 @@ class CollectorServer:
         tokens: who may send and look.
         limits: what it takes.
         page: makes the page of a fleet.
+        routes: more that devices may send to.
         certificate, key: PEM files of TLS; both or none.
 
     Raises:
@@ -47,6 +49,7 @@ class CollectorServer:
         tokens: Tokens | None = None,
         limits: CollectorLimits | None = None,
         page: Page | None = None,
+        routes: Sequence[Route] = (),
         certificate: Path | None = None,
         key: Path | None = None,
     ) -> None:
@@ -66,7 +69,7 @@ class CollectorServer:
         """Where devices find it."""
         self._server = uvicorn.Server(
             uvicorn.Config(
-                application(intake, tokens=tokens, limits=limits, page=page),
+                application(intake, tokens=tokens, limits=limits, page=page, routes=routes),
                 http=_protocol(limits.head_seconds),
                 ws="none",
                 lifespan="off",

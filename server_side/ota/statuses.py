@@ -21,7 +21,9 @@ from edgead.runtime.disk import RealDisk
 from edgead.runtime.errors import InputError, StatusError
 from edgead.server_side.ota.devices import DEVICES, DeviceFile, DeviceKey
 
-Reason = Literal["malformed", "forged", "unknown device", "another key", "sequence", "too many devices"]
+Reason = Literal[
+    "malformed", "forged", "unknown device", "another key", "sequence", "too many devices", "another topic"
+]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 AHEAD_SECONDS = 86_400.0
 """How far ahead of the receiver a device's clock may be before that is noted."""
