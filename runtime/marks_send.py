@@ -16,10 +16,13 @@ from edgead import __version__
 from edgead.runtime.candidates import SUFFIX
 from edgead.runtime.disk import Disk, put_file
 from edgead.runtime.errors import InputError, StorageError
+from edgead.runtime.net import authorization, ended_after
 
 PATH = "/candidates"
 """Where a collector takes them, if its address has no path."""
 _ANSWER = 64 * 2**10
+_TOTAL_S = 300.0
+"""For one candidate, however slowly it goes."""
 
 Outcome = Literal["arrived", "refused", "kept"]
 """`arrived`: it is there; `refused`: who got it does not want it; `kept`: it did not arrive, or not surely."""
@@ -71,6 +74,11 @@ class _Collector:
         self.secure = where.scheme == "https"
         self.path = (where.path if where.path not in ("", "/") else PATH) + (f"?{where.query}" if where.query else "")
         self.timeout = timeout_s
+        self.headers = {
+            "Content-Type": "application/octet-stream",
+            "User-Agent": f"edgead/{__version__}",
+            **authorization(where),
+        }
 
     def __call__(self, digest: str, data: bytes) -> tuple[Outcome, str]:
         connection = (
@@ -80,10 +88,9 @@ class _Collector:
             if self.secure
             else http.client.HTTPConnection(self.host, self.port, timeout=self.timeout)
         )
-        headers = {"Content-Type": "application/octet-stream", "User-Agent": f"edgead/{__version__}"}
         try:
-            with contextlib.closing(connection):
-                connection.request("POST", self.path, data, headers)
+            with contextlib.closing(connection), ended_after(connection, _TOTAL_S):
+                connection.request("POST", self.path, data, self.headers)
                 answer = connection.getresponse()
                 status, body = answer.status, answer.read(_ANSWER)
         except (OSError, http.client.HTTPException) as error:
@@ -107,7 +114,8 @@ def _answer(body: bytes) -> dict[str, object]:
 
 
 def _reason(body: bytes) -> str:
-    found = _answer(body).get("reason")
+    answer = _answer(body)
+    found = answer.get("reason", answer.get("error"))
     return "".join(letter for letter in found[:300] if letter.isprintable()) if isinstance(found, str) else ""
 
 

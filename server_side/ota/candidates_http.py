@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgead.runtime.candidates import CANDIDATE_BYTES
-from edgead.runtime.errors import CandidateError, EdgeadError, StorageError
+from edgead.runtime.errors import CandidateError, EdgeadError, missing_dependency
 from edgead.runtime.marks_send import PATH
 from edgead.server_side.ota.candidates import CandidateStore, FullError, Keys, UnknownDeviceError
 
@@ -59,8 +59,6 @@ def candidate_routes(store: CandidateStore, keys: Keys, limits: IntakeLimits | N
     Raises:
         MissingDependencyError: Starlette is not installed.
     """
-    from edgead.runtime.errors import missing_dependency
-
     try:
         from starlette.concurrency import run_in_threadpool
         from starlette.requests import ClientDisconnect
@@ -96,7 +94,7 @@ def candidate_routes(store: CandidateStore, keys: Keys, limits: IntakeLimits | N
             return refuse(400, f"wanted {error.wanted}, got {error.got}")
         except FullError as error:
             return refuse(429, error.wanted)
-        except (StorageError, EdgeadError):
+        except EdgeadError:
             # What the disk or the database said is for the publisher's log, and names places there.
             return refuse(503, "not now")
         finally:
