@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgead.runtime.errors import InputError
-from edgead.server_side.ota import candidates_cli, cli_flows, cli_keys, cli_pins, custodians_cli, fleet_cli, guard_cli
+from edgead.server_side.ota import (
+    candidates_cli,
+    cli_flows,
+    cli_keys,
+    cli_pins,
+    custodians_cli,
+    fleet_cli,
+    guard_cli,
+    prune_cli,
+)
 from edgead.server_side.ota.cli_options import (
     FOLDER,
     PATH,
@@ -43,7 +52,7 @@ def ota() -> None:
 
 for _command in (*cli_keys.COMMANDS, *cli_flows.COMMANDS, *cli_pins.COMMANDS, *candidates_cli.COMMANDS):
     ota.add_command(_command)
-for _command in (*custodians_cli.COMMANDS, *fleet_cli.COMMANDS, *guard_cli.COMMANDS):
+for _command in (*custodians_cli.COMMANDS, *fleet_cli.COMMANDS, *guard_cli.COMMANDS, *prune_cli.COMMANDS):
     ota.add_command(_command)
 
 
