@@ -153,7 +153,7 @@ def _releases(product: Product) -> str:
         for release in order
     )
     whole = Group("all", product.devices, product.releases, 0, 0, None)
-    rows = []
+    rows: list[str] = []
     for group in (whole, *product.groups):
         known = [(colour[release], group.releases.get(release, 0), _release(release)) for release in order]
         # A release of a small group may be none of the most frequent ones of the product.

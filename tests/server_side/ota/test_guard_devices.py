@@ -22,11 +22,12 @@ from click.testing import CliRunner
 from edgead.runtime.device_status import Attempt, DeviceStatus, encode_status, new_device_key, public_of
 from edgead.runtime.live import LiveInspector
 from edgead.server_side.ota.devices import DeviceKey, checked
-from edgead.server_side.ota.guard import ENROLLED
+from edgead.server_side.ota.guard import ENROLLED, witnesses
 from edgead.server_side.ota.guard_cli import guard
 from edgead.server_side.ota.rollouts import rollout_of
 from edgead.server_side.ota.serve import RepositoryServer, serving
 from edgead.server_side.ota.status_store import StatusStore
+from edgead.server_side.ota.statuses import read_statuses
 from tests.runtime import update_world
 
 PHRASE = "correct horse battery staple"
@@ -190,6 +191,25 @@ def test_row_37_a_release_that_fails_on_pilots_is_stopped_by_their_reports_alone
     assert [device.release for device in (*pilots, other)] == [1] * 6
     log = [json.loads(line) for line in (online / "guard.jsonl").read_text().splitlines()]
     assert [line["action"] for line in log][-2:] == ["stop", "none"]
+
+
+def test_devices_that_enrolled_themselves_are_seen_and_do_not_count(tmp_path: Path) -> None:
+    database = tmp_path / "fleet.db"
+    with StatusStore(str(database), enrol_unknown=True) as store:
+        for number in range(9):
+            status = DeviceStatus(
+                device=f"cam-{number}",
+                product="part",
+                sequence=1,
+                time=1,
+                version="1",
+                attempts=(Attempt(2, "rejected"),),
+            )
+            assert store.add(encode_status(status, new_device_key())) == "accepted"
+    found = read_statuses(database)
+    assert len(found.latest) == 9
+    those = witnesses(found)
+    assert (list(those.seen), those.ignored) == ([], {"part": 9})
 
 
 def test_two_guards_at_once_stop_it_once(
