@@ -16,8 +16,11 @@ from edgead.server_side.ota import custodians
 from edgead.server_side.ota.custodians_view import told
 from edgead.server_side.ota.drafts import Draft, Signed, decode_draft, encode_draft, merged
 from edgead.server_side.ota.handover import hand_over, new_key, read_key
+from edgead.server_side.ota.init import create
 from edgead.server_side.ota.keys import Keyring
+from edgead.server_side.ota.publish import pack_path, publish_bundle, publish_pack
 from edgead.server_side.ota.releases import make_release
+from edgead.server_side.ota.roles import Settings
 
 ONLINE = ("snapshot", "timestamp", "rollout")
 
@@ -302,3 +305,46 @@ def test_the_commands_from_a_draft_to_a_release(
     words = ("hand-over", place.folder, "releases", "--give", public, "--draft", tmp_path / "c.draft")
     run(*words, "--keys", publisher)
     run(*words, "--keys", publisher, fails=True)  # the file is there
+
+
+def test_a_pack_is_published_by_a_draft_and_its_row_ids_are_counted(
+    place: Any, device: Any, tmp_path: Path, helpers: dict[str, Any], sign: Any
+) -> None:
+    (keeper,), publisher = split(place, tmp_path, "knowledge")
+    pack = place.next_pack()
+    with place.opened() as repository:
+        publish_pack(repository, pack)
+        draft = custodians.stage(repository, "a pack")
+    with place.opened() as repository:
+        before = repository.settings.next_ids["part"]
+    whole = sign(draft, keeper)
+    gone = next((place.folder / "targets" / "knowledge").rglob(f"*{pack.digest}.safetensors"))
+    data = gone.read_bytes()
+    gone.unlink()
+    with pytest.raises(InputError, match="the file of"):
+        finish(place, whole, publisher, helpers)
+    gone.write_bytes(data)
+    finish(place, whole, publisher, helpers)
+    assert device.fetch(pack_path("part", pack.digest)) == data
+    with place.opened() as repository:
+        assert repository.settings.next_ids["part"] > before
+
+
+def test_hash_bins_are_signed_by_drafts_like_other_roles(
+    tmp_path: Path, bundle_file: Path, first_pack: Any, tiny: Any, helpers: dict[str, Any], sign: Any
+) -> None:
+    place = helpers["Place"](tmp_path / "updates", tmp_path / "keys", [first_pack], tiny)
+    create(place.folder, place.keyring(), Settings(products=("part",), bins=5))
+    with place.opened() as repository:
+        publish_bundle(repository, bundle_file)
+        repository.commit(place.keyring())
+    (alice, bob), publisher = split(place, tmp_path)
+    with place.opened() as repository:
+        make_release(repository, "part", pack=first_pack.digest)
+        draft = custodians.stage(repository, "release 1")
+    assert set(draft.above) == {"targets", "releases"}
+    assert "+ releases/part/1.json" in "\n".join(told(custodians.Case(draft, place.keyring().root)))
+    (role,) = finish(place, sign(sign(draft, alice), bob), publisher, helpers)
+    assert role.startswith("releases-")
+    with place.opened() as repository:
+        assert repository.find("releases/part/1.json") is not None
