@@ -21,7 +21,7 @@ from click.testing import CliRunner
 
 from edgead.runtime.device_status import Attempt, DeviceStatus, encode_status, new_device_key, public_of
 from edgead.runtime.live import LiveInspector
-from edgead.server_side.ota.devices import DeviceKey, checked
+from edgead.server_side.ota.devices import DeviceFile, DeviceKey, checked
 from edgead.server_side.ota.guard import ENROLLED, witnesses
 from edgead.server_side.ota.guard_cli import guard
 from edgead.server_side.ota.rollouts import rollout_of
@@ -256,3 +256,42 @@ def _stopped(world: Any) -> bool:
         record = rollout_of(repository, "part")
         assert record is not None
         return record.stopped
+
+
+def test_a_source_that_is_away_ends_no_guard_and_a_signal_does(world: Any, online: Path, tmp_path: Path) -> None:
+    source = tmp_path / "statuses"
+    source.mkdir()
+    DeviceFile(source).add([checked("cam-1", public_of(new_device_key()).hex())])
+    words = [
+        sys.executable,
+        "-m",
+        "edgead",
+        "ota",
+        "guard",
+        str(world.folder),
+        "--statuses",
+        str(source),
+        "--every",
+        "1",
+    ]
+    words += ["--keys", str(online), "--passphrase-env", "GUARD_KEYS"]
+    # Both streams in one, as a service manager keeps them.
+    running = subprocess.Popen(
+        words,
+        env={**os.environ, "GUARD_KEYS": PHRASE, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        assert running.stdout is not None
+        assert "no registered device is reached yet" in running.stdout.readline()
+        source.rename(tmp_path / "away")
+        assert any("not looked" in line for line in running.stdout)
+        (tmp_path / "away").rename(source)
+        assert any("no registered device is reached yet" in line for line in running.stdout)
+        running.terminate()
+        assert running.wait(timeout=60) == 0
+    finally:
+        running.kill()
+        running.communicate()
