@@ -27,7 +27,7 @@ from edgead.runtime.deltas import apply_delta, make_delta, read_delta
 from edgead.runtime.errors import EdgeadError
 from edgead.runtime.knowledge import Pack, decode_pack, encode_pack, new_pack
 from edgead.runtime.pins import decode_pin, encode_pin, make_pin
-from edgead.runtime.provenance import decode_provenance, encode_provenance
+from edgead.runtime.provenance import SourceImage, decode_provenance, encode_provenance
 from edgead.runtime.release import RELEASE_SCHEMA, Release, decode_release, encode_release
 from edgead.runtime.rollout import decode_rollout, encode_rollout, new_rollout
 from edgead.runtime.spec import Calibration, Limits, canonical_json
@@ -151,7 +151,7 @@ def deltas() -> Format:
 
 def provenances() -> Format:
     owner = pack(6)
-    images = [sources.SourceImage(f"{place:064x}", f"photo {place}.png") for place in range(3)]
+    images = [SourceImage(f"{place:064x}", f"photo {place}.png") for place in range(3)]
     origins = sources.Origins(images, np.arange(6) % 3, np.zeros((6, 3), np.int32))
     made = {"bank.normal": (owner.ids("bank.normal"), origins)}
     found = [
@@ -393,7 +393,7 @@ def metadata() -> Format:
         """The content with a good signature, if it can be signed at all."""
         try:
             found = json.loads(content)
-            body = encode_canonical(found["signed"]).encode()
+            body = str(encode_canonical(found["signed"])).encode()
             found["signatures"] = [{"keyid": signer.public_key.keyid, "sig": signer.sign(body).signature}]
             return json.dumps(found).encode()
         except Exception:  # whatever it is, it goes as it came

@@ -45,7 +45,7 @@ RAW = (
     *map(str, NUMBERS),
 )
 """JSON values as text, some of which are none."""
-_MARK = "\ufffe mark \ufffe"
+_MARK = "a mark that is nowhere else"
 
 
 def mutated(
@@ -159,18 +159,15 @@ def _doubled(content: Any, holder: dict[str, Any], key: str, rng: random.Random)
 
 def _spelled(content: Any, rng: random.Random) -> bytes:
     """The same content in another spelling."""
-    text: str = rng.choice(
-        (
-            lambda: json.dumps(content),
-            lambda: json.dumps(content, indent=1),
-            lambda: json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True).replace(
-                "e", "\\u0065"
-            ),
-            lambda: _dump(content) + "\n",
-            lambda: "\ufeff" + _dump(content),
-            lambda: _dump(content) + _dump(content),
-        )
-    )()
+    spellings: tuple[Callable[[], str], ...] = (
+        lambda: json.dumps(content),
+        lambda: json.dumps(content, indent=1),
+        lambda: json.dumps(content, sort_keys=True, separators=(",", ":")).replace("e", "\\u0065"),
+        lambda: _dump(content) + "\n",
+        lambda: "\ufeff" + _dump(content),
+        lambda: _dump(content) + _dump(content),
+    )
+    text: str = rng.choice(spellings)()
     return text.encode("utf-8", "surrogatepass")
 
 
