@@ -79,7 +79,7 @@ def _cards(fleet: Fleet) -> str:
     facts: list[tuple[str, str, str]] = [(f"{fleet.devices:,}", "cameras heard of", "")]
     if counts:
         have, reached = sum(one.confirmed for one in counts), sum(one.reached for one in counts)
-        facts.append((f"{have:,}", f"of {reached:,} have what is rolled out to them", ""))
+        facts.append((f"{have:,}", f"of {reached:,} reached have it", ""))
         failed = sum(one.failed for one in counts)
         facts.append((f"{failed:,}", "on which it failed", "bad" if failed else ""))
     for kind, words, tone in (("silent", "silent", "warn"), ("alarm", "with an alarm", "bad")):
