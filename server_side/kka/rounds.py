@@ -19,18 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgead.runtime.files import write_file
+from edgead.server_side.kka.choices import collect, preferences
 from edgead.server_side.kka.records import Caption, Cost, Image, Judgement, Member, Preference
 from edgead.server_side.kka.seams import Author, Embedder, Evaluator, Painted, Painter, Tuner, seed_of
-from edgead.server_side.kka.stages import (
-    Job,
-    OrderedMap,
-    collect,
-    imagine,
-    judge,
-    paint,
-    pick_representatives,
-    preferences,
-)
+from edgead.server_side.kka.stages import Job, OrderedMap, imagine, judge, paint, pick_representatives
 from edgead.server_side.kka.work import WorkFolder
 
 STAGES = ("describe", "representatives", "imagine", "paint", "judge", "collect", "prefer")

@@ -1,4 +1,4 @@
-"""The stages of a round: imagine, paint, judge, collect, prefer. Each goes on where it stopped and repeats nothing.
+"""The first stages of a round: imagine, paint, judge. Each goes on where it stopped and repeats nothing.
 
 Every artefact depends on the configuration, its round and its number alone (`seams.seed_of`), so that a run that was
 killed ends with the bytes of one that was not.
@@ -23,9 +23,7 @@ from edgead.server_side.kka.records import (
     Image,
     Judgement,
     Made,
-    Member,
     Normal,
-    Preference,
     Representative,
 )
 from edgead.server_side.kka.representatives import choose
@@ -125,10 +123,10 @@ def imagine(work: WorkFolder, number: int, author: Author, painter: Painter) -> 
     with work.stage("imagine", number) as made, Progress(f"round {number}: captions", config.captions) as progress:
         for start in range(0, config.captions, config.imagine.batch):
             places = range(start, min(start + config.imagine.batch, config.captions))
-            names = [_name("c", number, place) for place in places]
+            names = [numbered("c", number, place) for place in places]
             if not have.issuperset(names):
                 parents = [representatives[place % len(representatives)] for place in places]
-                prompts = [_prompt(config, captions[parent.parent]) for parent in parents]
+                prompts = [prompt_of(config, captions[parent.parent]) for parent in parents]
                 written = _written(config, number, author, painter, places, prompts)
                 new = [
                     Caption(
@@ -321,85 +319,6 @@ def painted_image(work: WorkFolder, record: Image) -> Frame:
     return read_image(path)
 
 
-def collect(work: WorkFolder, number: int) -> list[Member]:
-    """The anomalies that detectors train on after a round.
-
-    *add*: those before and all of this round. *rep*: as many as after round 0; hard ones of this round take the places
-    of easy ones, the farthest (easiest) first. Faint ones never.
-
-    Raises:
-        InputError: a round before is missing.
-    """
-    if work.is_done("collect", number):
-        return work.records(Member, number)
-    new = [record for record in work.records(Judgement, number) if not record.faint]
-    before = collect(work, number - 1) if number else []
-    with work.stage("collect", number) as made:
-        members = [(member.parent, member.hard) for member in before]
-        if number == 0 or work.config.mode == "add":
-            members += [(record.parent, record.hard) for record in new]
-        else:
-            far = {
-                record.parent: record.distance
-                for earlier in range(number)
-                for record in work.records(Judgement, earlier)
-            }
-            easy = sorted((name for name, hard in members if not hard), key=lambda name: (-far[name], name))
-            better = [record.parent for record in sorted(new, key=lambda record: record.id) if record.hard]
-            swaps = dict(zip(easy, better, strict=False))
-            members = [(swaps[name], True) if name in swaps else (name, hard) for name, hard in members]
-        have = {record.id for record in work.records(Member, number)}
-        found = [Member(_name("m", number, at), number, name, hard) for at, (name, hard) in enumerate(members)]
-        left = [member for member in found if member.id not in have]
-        work.append_all(left, number)
-        made.append(len(left))
-    return work.records(Member, number)
-
-
-def preferences(work: WorkFolder, number: int) -> list[Preference]:
-    """Pairs of a hard caption, chosen, and an easy one, rejected. None where a round has only one kind.
-
-    A caption with images of both kinds is neither. Pairs are drawn by the run's seed, each hard caption as often as
-    any other.
-    """
-    if work.is_done("preferences", number):
-        return work.records(Preference, number)
-    captions = {record.id: record for record in work.records(Caption, number)}
-    normals = {record.id: record.caption for record in work.records(Normal)}
-    parents = {record.id: record.parent for record in work.records(Representative)}
-    images = {record.id: record.parent for record in work.records(Image, number)}
-    hard: set[str] = set()
-    easy: set[str] = set()
-    for record in work.records(Judgement, number):
-        if not record.faint:
-            (hard if record.hard else easy).add(images[record.parent])
-    chosen, rejected = sorted(hard - easy), sorted(easy - hard)
-    rng = np.random.default_rng(seed_of(work.config.seed, "preferences", number))
-    have = {record.id for record in work.records(Preference, number)}
-    with work.stage("preferences", number) as made:
-        new = []
-        for place in range(work.config.prefer.pairs if chosen and rejected else 0):
-            if place % len(chosen) == 0:
-                order = rng.permutation(len(chosen))
-            good, bad = captions[chosen[order[place % len(chosen)]]], captions[rejected[rng.integers(len(rejected))]]
-            if good.text == bad.text:
-                continue
-            pair = Preference(
-                _name("p", number, place),
-                number,
-                _prompt(work.config, normals[parents[good.parent]]),
-                good.text,
-                bad.text,
-                good.id,
-                bad.id,
-            )
-            if pair.id not in have:
-                new.append(pair)
-        work.append_all(new, number)
-        made.append(len(new))
-    return work.records(Preference, number)
-
-
 def _written(
     config: Config, number: int, author: Author, painter: Painter, places: range, prompts: Sequence[str]
 ) -> list[tuple[str, str, int]]:
@@ -428,7 +347,12 @@ def _undrawable(painter: Painter, text: str) -> str:
     return ""
 
 
-def _prompt(config: Config, caption: str) -> str:
+def prompt_of(config: Config, caption: str) -> str:
+    """What the author is asked after a normal's caption.
+
+    Raises:
+        InputError: the configuration's prompt has other places than `{class_name}` and `{caption}`.
+    """
     try:
         return config.imagine.prompt.format(class_name=config.class_name, caption=caption)
     except (KeyError, IndexError, ValueError) as error:
@@ -456,7 +380,8 @@ def _reasons(work: WorkFolder, number: int) -> str:
     return "; ".join(f"{count} x {reason}" for reason, count in most)
 
 
-def _name(letter: str, number: int, place: int) -> str:
+def numbered(letter: str, number: int, place: int) -> str:
+    """Id of the n-th artefact of a round."""
     return f"{letter}{number}-{place:0{_DIGITS}d}"
 
 

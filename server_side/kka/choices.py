@@ -1,0 +1,92 @@
+"""What a round chooses: the anomalies that detectors train on, and the pairs that the author learns from."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edgead.server_side.kka.records import Caption, Image, Judgement, Member, Normal, Preference, Representative
+from edgead.server_side.kka.seams import seed_of
+from edgead.server_side.kka.stages import numbered, prompt_of
+from edgead.server_side.kka.work import WorkFolder
+
+
+def collect(work: WorkFolder, number: int) -> list[Member]:
+    """The anomalies that detectors train on after a round.
+
+    *add*: those before and all of this round. *rep*: as many as after round 0; hard ones of this round take the places
+    of easy ones, the farthest (easiest) first. Faint ones never.
+
+    Raises:
+        InputError: a round before is missing.
+    """
+    if work.is_done("collect", number):
+        return work.records(Member, number)
+    new = [record for record in work.records(Judgement, number) if not record.faint]
+    before = collect(work, number - 1) if number else []
+    with work.stage("collect", number) as made:
+        members = [(member.parent, member.hard) for member in before]
+        if number == 0 or work.config.mode == "add":
+            members += [(record.parent, record.hard) for record in new]
+        else:
+            far = {
+                record.parent: record.distance
+                for earlier in range(number)
+                for record in work.records(Judgement, earlier)
+            }
+            easy = sorted((name for name, hard in members if not hard), key=lambda name: (-far[name], name))
+            better = [record.parent for record in sorted(new, key=lambda record: record.id) if record.hard]
+            swaps = dict(zip(easy, better, strict=False))
+            members = [(swaps[name], True) if name in swaps else (name, hard) for name, hard in members]
+        have = {record.id for record in work.records(Member, number)}
+        found = [Member(numbered("m", number, at), number, name, hard) for at, (name, hard) in enumerate(members)]
+        left = [member for member in found if member.id not in have]
+        work.append_all(left, number)
+        made.append(len(left))
+    return work.records(Member, number)
+
+
+def preferences(work: WorkFolder, number: int) -> list[Preference]:
+    """Pairs of a hard caption, chosen, and an easy one, rejected. None where a round has only one kind.
+
+    A caption with images of both kinds is neither. Pairs are drawn by the run's seed, each hard caption as often as
+    any other.
+    """
+    if work.is_done("preferences", number):
+        return work.records(Preference, number)
+    captions = {record.id: record for record in work.records(Caption, number)}
+    normals = {record.id: record.caption for record in work.records(Normal)}
+    parents = {record.id: record.parent for record in work.records(Representative)}
+    images = {record.id: record.parent for record in work.records(Image, number)}
+    hard: set[str] = set()
+    easy: set[str] = set()
+    for record in work.records(Judgement, number):
+        if not record.faint:
+            (hard if record.hard else easy).add(images[record.parent])
+    chosen, rejected = sorted(hard - easy), sorted(easy - hard)
+    rng = np.random.default_rng(seed_of(work.config.seed, "preferences", number))
+    have = {record.id for record in work.records(Preference, number)}
+    with work.stage("preferences", number) as made:
+        new = []
+        for place in range(work.config.prefer.pairs if chosen and rejected else 0):
+            if place % len(chosen) == 0:
+                order = rng.permutation(len(chosen))
+            good, bad = captions[chosen[order[place % len(chosen)]]], captions[rejected[rng.integers(len(rejected))]]
+            if good.text == bad.text:
+                continue
+            pair = Preference(
+                numbered("p", number, place),
+                number,
+                prompt_of(work.config, normals[parents[good.parent]]),
+                good.text,
+                bad.text,
+                good.id,
+                bad.id,
+            )
+            if pair.id not in have:
+                new.append(pair)
+        work.append_all(new, number)
+        made.append(len(new))
+    return work.records(Preference, number)
+
+
+__all__ = ["collect", "preferences"]
