@@ -190,7 +190,7 @@ class _Run:
             self._now, _, generation, action, device = heapq.heappop(self._queue)
             if self._now > END and device is not None and device.number in self._adopted and device.confirmed:
                 continue
-            if self._now >= hour * HOUR:
+            if hour * HOUR <= self._now <= END:
                 note(f"  hour {hour} of {END / HOUR:g}, {self._plant.board['requests']} requests")
                 hour = int(self._now / HOUR) // 6 * 6 + 6
             if device is None or device.generation == generation:
