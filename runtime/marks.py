@@ -33,8 +33,8 @@ from edgead.runtime.inspection import Inspection
 from edgead.runtime.marks_send import Outcome, sender_to
 from edgead.runtime.spec import Preprocessing, Region
 
-KEY = "device.key"
-"""In the folder of a device: the 64 hex digits of its private key."""
+KEYS = ("device.key", "device.copy.key")
+"""In the folder of a device: the 64 hex digits of its private key, twice."""
 FOLDER = "candidates"
 """In the folder of a device."""
 MOST_FILES = 100
@@ -202,16 +202,17 @@ def read_key(folder: Path, *, disk: Disk | None = None) -> bytes:
         InputError: the folder has none.
         StorageError: it cannot be read.
     """
-    text = b""
-    with storage_errors(folder / KEY, "to read the key of a device"), contextlib.suppress(FileNotFoundError):
-        text = (disk or RealDisk()).read(folder / KEY, 80).strip()
-    if len(text) != 64 or not set(text) <= set(b"0123456789abcdef"):
-        raise InputError(
-            wanted=f"the key of a device in {folder}",
-            got="another content" if text else f"no {KEY}",
-            next_step="Make it with: edgead device init",
-        )
-    return bytes.fromhex(text.decode())
+    disk, text = disk or RealDisk(), b""
+    for name in KEYS:
+        with storage_errors(folder / name, "to read the key of a device"), contextlib.suppress(FileNotFoundError):
+            text = disk.read(folder / name, 80).strip()
+            if len(text) == 64 and set(text) <= set(b"0123456789abcdef"):
+                return bytes.fromhex(text.decode())
+    raise InputError(
+        wanted=f"the key of a device in {folder}",
+        got="another content" if text else f"no {KEYS[0]}",
+        next_step="It is made by: edgead device init",
+    )
 
 
 def marked(

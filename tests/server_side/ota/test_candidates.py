@@ -334,7 +334,8 @@ def test_marks_are_listed_taken_back_and_need_a_release_and_a_key(plant: Plant) 
     assert (waiting["id"], waiting["note"], waiting["verdict"], waiting["release"]) == (first["id"], "thread", "NG", 1)
     assert waiting["knowledge"] == Store(camera).active().packs["part"].version
     assert run(device, "marks", camera, "--remove", first["id"][:8])["marks"] == []
-    (camera / "device.key").unlink()
+    for name in ("device.key", "device.copy.key"):
+        (camera / name).unlink(missing_ok=True)
     with pytest.raises(InputError, match="key of a device"):
         run(device, "mark", camera, plant.picture(150), "--normal")
     for wrong in (
@@ -493,6 +494,44 @@ def test_cameras_send_marks_to_a_real_server_which_checks_before_it_writes(tmp_p
         marks.add(made(152))
         assert [item.outcome for item in marks.send(f"http://127.0.0.1:{port}")] == ["kept"]
     assert decode_candidate(next((tmp_path / "store").rglob(f"{first}.candidate")).read_bytes()).digest == first
+
+
+def test_the_collector_of_statuses_takes_candidates_with_its_token_from_the_devices_it_knows(tmp_path: Path) -> None:
+    pytest.importorskip("uvicorn")
+    pytest.importorskip("sqlalchemy")
+    from edgead.server_side.ota import collector_server
+    from edgead.server_side.ota.candidates_http import candidate_routes
+    from edgead.server_side.ota.collector import Tokens
+    from edgead.server_side.ota.intake import Intake
+    from edgead.server_side.ota.status_store import StatusStore
+
+    store, marks = CandidateStore(tmp_path / "candidates"), Marks(tmp_path / "camera")
+    first, _ = marks.add(made())
+    with StatusStore(str(tmp_path / "fleet.db")) as statuses:
+        routes = candidate_routes(store, keys_of(statuses.devices))
+        server = collector_server.CollectorServer(Intake(statuses), tokens=Tokens("a secret"), routes=routes)
+        with collector_server.collecting(server) as running:
+            address = running.url.replace("http://", "http://camera:a%20secret@")
+            # Without the token nobody is listened to, and with it only who is registered.
+            assert [item.outcome for item in marks.send(running.url)] == ["kept"]
+            assert [(item.outcome, item.reason) for item in marks.send(address)] == [
+                ("refused", "one of the unknown device 'cam-1'")
+            ]
+            assert files(tmp_path / "candidates") == set()
+            statuses.devices.add([checked("cam-1", KNOWN["cam-1"].hex())])
+            assert [item.outcome for item in marks.send(address)] == ["arrived"]
+    assert [entry.id for entry in store] == [first]
+    # The registry of that database is the one that the publisher accepts by.
+    known = run(
+        ota,
+        "candidates",
+        "take",
+        store.folder,
+        next(store.folder.rglob("*.candidate")),
+        "--devices",
+        tmp_path / "fleet.db",
+    )
+    assert [item["outcome"] for item in known["files"]] == ["known"]
 
 
 def test_a_slow_body_a_crowd_and_a_registry_that_is_away_cost_no_more_than_their_request(tmp_path: Path) -> None:
