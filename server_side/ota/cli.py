@@ -13,6 +13,7 @@ from edgead.server_side.ota import (
     cli_flows,
     cli_keys,
     cli_pins,
+    collector_cli,
     custodians_cli,
     fleet_cli,
     guard_cli,
@@ -52,7 +53,13 @@ def ota() -> None:
 
 for _command in (*cli_keys.COMMANDS, *cli_flows.COMMANDS, *cli_pins.COMMANDS, *candidates_cli.COMMANDS):
     ota.add_command(_command)
-for _command in (*custodians_cli.COMMANDS, *fleet_cli.COMMANDS, *guard_cli.COMMANDS, *prune_cli.COMMANDS):
+for _command in (
+    *custodians_cli.COMMANDS,
+    *fleet_cli.COMMANDS,
+    *guard_cli.COMMANDS,
+    *collector_cli.COMMANDS,
+    *prune_cli.COMMANDS,
+):
     ota.add_command(_command)
 
 
