@@ -200,7 +200,8 @@ def _spliced(data: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
 def _number(data: bytes, others: Sequence[bytes], rng: random.Random) -> bytes:
     """A length or a count, somewhere, in any width and order of bytes."""
     width = rng.choice((2, 4, 8))
-    value = (rng.choice(NUMBERS) % 256**width).to_bytes(width, rng.choice(("little", "big")))
+    number: int = rng.choice(NUMBERS) % (1 << 8 * width)
+    value = number.to_bytes(width, rng.choice(("little", "big")))
     place = _place(data, rng)
     return data[:place] + value + data[place + width :]
 
