@@ -167,6 +167,7 @@ def apply(pack: Path, deltas: tuple[Path, ...], output: Path, product: str | Non
 @click.option("--bank", help="Which bank, where several have such a row.")
 @click.option("--photos", type=_PATH, metavar="DIR", help="Look for the photograph here, by its content.")
 @click.option("--bundle", type=_PATH, help="With --photos, and a PACK that is none: tells the patch in pixels.")
+@click.option("--provenance", type=_PATH, help="With a device's folder: the record of its pack, as cameras have none.")
 @_PRODUCT
 @_JSON
 def trace(
@@ -175,22 +176,31 @@ def trace(
     bank: str | None,
     photos: Path | None,
     bundle: Path | None,
+    provenance: Path | None,
     product: str | None,
     as_json: bool,
 ) -> None:
     """Which photograph, which patch of it and which model made the row with id ROW, and who signed it.
 
-    A result's evidence names rows: see "evidence" in the lines of `edgead run --json`.
+    PACK may be the folder of a device: what it inspects with is then traced. A result's evidence
+    names rows: see "evidence" in the lines of `edgead run --json`.
 
     \b
     Example:
       edgead knowledge trace part.safetensors 1742 --photos photos/good --bundle part.bundle
+      edgead knowledge trace camera/ 1742 --provenance part.safetensors.provenance
     """
     from edgead.runtime.bundle import open_bundle
     from edgead.server_side import knowledge_view as room
 
-    loaded = room.load(pack, product)
-    made_by = pack if bundle is None and room.is_bundle(pack) else bundle
+    if room.is_device(pack):
+        loaded, engine = room.load_device(pack, product, provenance)
+        made_by = bundle or engine
+    elif provenance is not None:
+        raise InputError(wanted="--provenance with a device's folder", got=str(pack), next_step="Leave it out.")
+    else:
+        loaded = room.load(pack, product)
+        made_by = pack if bundle is None and room.is_bundle(pack) else bundle
     detector = None if made_by is None else open_bundle(made_by, verify=False).manifest.detector
     record = room.traced(loaded, row, bank, photos, detector)
     if as_json:

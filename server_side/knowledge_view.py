@@ -15,13 +15,16 @@ from edgead.runtime.bundle import open_bundle
 from edgead.runtime.bundle_store import SUFFIX
 from edgead.runtime.chain import begins_as_delta, read_delta_file
 from edgead.runtime.deltas import apply_delta, make_delta
+from edgead.runtime.device_folder import read_device
+from edgead.runtime.device_pins import PINS
 from edgead.runtime.errors import InputError, KnowledgeError, storage_errors
 from edgead.runtime.evidence import patch_grid
 from edgead.runtime.image import list_images, read_image, tile_boxes, to_frame
 from edgead.runtime.knowledge import IDS, Pack, encode_pack, is_bank, read_pack
 from edgead.runtime.pins import Pin
 from edgead.runtime.provenance import Provenance, check_provenance
-from edgead.runtime.provenance_file import pin_path, provenance_beside, read_pin
+from edgead.runtime.provenance_file import pin_path, provenance_beside, read_pin, read_provenance
+from edgead.runtime.slots import Store
 from edgead.runtime.spec import DetectorSpec, Region
 from edgead.server_side.knowledge_rows import feature_of
 from edgead.server_side.knowledge_tools import rows_named
@@ -59,7 +62,40 @@ class Loaded:
 
 def is_bundle(path: Path) -> bool:
     """Whether a path is that of a bundle, by its kind."""
-    return path.is_dir() or path.suffix == SUFFIX
+    return (path.is_dir() and not is_device(path)) or path.suffix == SUFFIX
+
+
+def is_device(path: Path) -> bool:
+    """Whether a path is the folder of a device."""
+    return (path / "device.json").is_file() or (path / "device.copy.json").is_file()
+
+
+def load_device(folder: Path, product: str | None = None, record: Path | None = None) -> tuple[Loaded, Path]:
+    """What a device inspects with, its pin if it asked for one, and its bundle.
+
+    Args:
+        folder: of the device.
+        product: whose knowledge; the device's own if None.
+        record: the provenance of the pack, which cameras do not fetch; None if it is not at hand.
+
+    Raises:
+        InputError: no such product.
+        KnowledgeError: the provenance is of another pack.
+        StoreDamagedError: the device has no whole release.
+        StorageError: a file cannot be read.
+    """
+    active = Store(folder).active()
+    name = product or read_device(folder).product
+    if name not in active.packs:
+        raise InputError(
+            wanted=f"one of the products {', '.join(active.packs)}", got=repr(name), next_step="Name it with --product."
+        )
+    pack = active.packs[name]
+    provenance = None if record is None else read_provenance(record)
+    if provenance is not None:
+        check_provenance(pack, provenance)
+    pin = folder / PINS / f"{pack.digest}.pin"
+    return Loaded(folder, pack, provenance, read_pin(pin) if pin.is_file() else None), active.engine
 
 
 def load(path: Path, product: str | None = None) -> Loaded:

@@ -78,6 +78,12 @@ def test_a_pin_beside_a_bundle_is_published_with_it_and_a_camera_that_asks_takes
     who = ("--id", "cam", "--repository", "up", "--product", "part", "--pin-key", "quality=quality.pub.pem")
     run("device", "init", "camera", "--root", "keys/root.json", *who)
     assert run("device", "update", "camera", "--json")["status"] == "activated"
+    row = ("knowledge", "trace", "camera", 1, "--provenance", "line.edgead.provenance")
+    traced = run(*row, "--json")
+    assert traced["pin"]["signer"] == "Anna, quality"
+    assert (traced["row"], traced["bank"], traced["image"]) == (1, "bank.normal", None)
+    with pytest.raises(InputError, match="provenance of camera"):
+        run("knowledge", "trace", "camera", 1)
 
 
 def test_sources_are_published_only_if_it_is_wished(shop: Path) -> None:
