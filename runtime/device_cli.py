@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgead.runtime import candidates_cli
+from edgead.runtime import candidates_cli, device_reports
 from edgead.runtime.device_folder import (
     ROOT_BYTES,
     init_device,
@@ -19,8 +19,9 @@ from edgead.runtime.device_folder import (
     outcome_fields,
     read_device,
 )
-from edgead.runtime.errors import StorageError, StoreDamagedError, storage_errors
+from edgead.runtime.errors import MissingDependencyError, StorageError, StoreDamagedError, storage_errors
 from edgead.runtime.slots import Store
+from edgead.runtime.status_report import STATUS_EVERY_S
 from edgead.runtime.update_outcome import Device, shadow_text
 
 if TYPE_CHECKING:
@@ -66,7 +67,11 @@ def device() -> None:
     help="Public key, Ed25519 as PEM: releases are taken only if a pin by such a key vouches for their knowledge; may "
     "be repeated. NAME is the --key-id that it signs with; made from the key if left out.",
 )
-@click.option("--force", is_flag=True, help="Replace who the device is; its releases stay.")
+@click.option(
+    "--statuses", default="", metavar="ADDRESS", help="Where statuses go: http[s]://, mqtt[s]:// or a folder."
+)
+@click.option("--mqtt", default="", metavar="ADDRESS", help="Broker that says when to poll: mqtt[s]://host[:port].")
+@click.option("--force", is_flag=True, help="Replace who the device is; its releases and its key for statuses stay.")
 def init(
     folder: Path,
     root_file: Path,
@@ -75,6 +80,8 @@ def init(
     product: str,
     groups: tuple[str, ...],
     pin_keys: tuple[str, ...],
+    statuses: str,
+    mqtt: str,
     force: bool,
 ) -> None:
     """Say who a device is and whom it trusts; asks no server.
@@ -82,13 +89,32 @@ def init(
     \b
     Example:
       edgead device init camera/ --root root.json --id cam-17 --repository /media/usb/updates --product carpet
+      edgead device init camera/ --root root.json --id cam-17 --repository https://updates.plant/ --product carpet \\
+        --statuses https://collector.plant/
     """
     from edgead.runtime.device_pins import load_pin_keys
 
     with storage_errors(root_file, "to read the trusted root"), open(root_file, "rb") as stream:
         root = stream.read(ROOT_BYTES + 1)
-    init_device(folder, Device(device_id, repository, product, root, groups, load_pin_keys(pin_keys)), force=force)
+    pins = load_pin_keys(pin_keys)
+    init_device(folder, Device(device_id, repository, product, root, groups, pins, statuses, mqtt), force=force)
     click.echo(f"{folder}: device {device_id} for {product}; next: edgead device update {folder}")
+    # Without the package for signatures nothing is sent yet; `edgead device key` shows the key later.
+    with contextlib.suppress(MissingDependencyError):
+        click.echo(f"key for statuses: {device_reports.public_key(folder)}")
+
+
+@device.command()
+@FOLDER
+def key(folder: Path) -> None:
+    """Show the public key that the device signs its statuses with, after its name; the publisher registers both.
+
+    \b
+    Example:
+      edgead device key camera/
+    """
+    who = read_device(folder)
+    click.echo(f"{who.device_id} {device_reports.public_key(folder)}")
 
 
 @device.command()
@@ -109,6 +135,15 @@ def init(
     help="Take the tests on this device for proof; else whoever inspects confirms, or `edgead device confirm`.",
 )
 @click.option("--target", help="Engine for the tests, such as openvino:fp16; by default the best one here.")
+@click.option("--mqtt", metavar="ADDRESS", help="Broker that says when to poll, in place of that of `init`.")
+@click.option(
+    "--status-every",
+    type=click.FloatRange(min=1.0),
+    default=STATUS_EVERY_S,
+    show_default=True,
+    metavar="SECONDS",
+    help="Write a status at least so often, with --every.",
+)
 @JSON
 def update(
     folder: Path,
@@ -117,6 +152,8 @@ def update(
     jitter: float,
     confirming: bool,
     target: str | None,
+    mqtt: str | None,
+    status_every: float,
     as_json: bool,
 ) -> None:
     """Take the release that this device should have, if it passes its tests here.
@@ -133,8 +170,9 @@ def update(
 
     if once and every is not None:
         raise click.UsageError("--once and --every exclude each other.")
-    store = Store(folder)
-    updater = DeviceUpdater(store, read_device(folder), target=target)
+    store, who = Store(folder), read_device(folder)
+    reports = device_reports.opened(folder, store, who, every_s=status_every, mqtt=mqtt if every is not None else "")
+    updater = DeviceUpdater(store, who, target=target, reporter=reports.reporter)
 
     def report(outcome: Outcome) -> None:
         # A disk that is full or read-only does not keep a device from saying so.
@@ -143,10 +181,15 @@ def update(
             if confirming and state.active is not None and not state.confirmed:
                 updater.confirm()
             note_outcome(folder, outcome, updater.failures)
-        click.echo(json.dumps(outcome_fields(outcome)) if as_json else _line(outcome))
+        sent = None if every is not None else reports.send(outcome, updater.failures)
+        more = {} if sent is None else {"statuses": device_reports.sent_fields(sent)}
+        click.echo(json.dumps(outcome_fields(outcome) | more) if as_json else _line(outcome))
+        if sent is not None and not as_json:
+            click.echo(device_reports.sent_line(sent))
 
     if every is not None:
-        updater.run(every, jitter, report=report)
+        with reports.listening(updater.poke):
+            updater.run(every, jitter, report=report)
         return
     outcome = updater.poll()
     report(outcome)
@@ -180,6 +223,7 @@ def status(folder: Path, as_json: bool) -> None:
         "alarm": state.warning,
         "damaged": [],
         "last": last_outcome(folder),
+        "statuses": device_reports.spool_fields(who, store),
     }
     try:
         active = store.active()
@@ -209,9 +253,9 @@ def confirm(folder: Path) -> None:
     """
     from edgead.runtime.updater import DeviceUpdater
 
-    store = Store(folder)
-    updater = DeviceUpdater(store, read_device(folder))
-    updater.confirm()
+    store, who = Store(folder), read_device(folder)
+    DeviceUpdater(store, who).confirm()
+    device_reports.note(folder, store, who)
     click.echo(f"{store.active().release.name} is confirmed")
 
 
@@ -225,8 +269,9 @@ def rollback(folder: Path, reason: str) -> None:
     Example:
       edgead device rollback camera/ --reason "false alarms on line 3"
     """
-    read_device(folder)
-    active = Store(folder).rollback(reason)
+    store, who = Store(folder), read_device(folder)
+    active = store.rollback(reason)
+    device_reports.note(folder, store, who)
     click.echo(f"{active.release.name} is active again; restart the program that inspects")
 
 
@@ -259,6 +304,7 @@ def _show(found: dict[str, Any]) -> None:
     if last is not None:
         when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(last.get("time", 0)))
         click.echo(f"last poll   {when}: {last.get('status')}: {last.get('reason')}")
+    click.echo(f"statuses    {device_reports.spool_text(found['statuses'])}")
 
 
 def _without_password(address: str) -> str:

@@ -2,6 +2,7 @@
 
     device.json, device.copy.json    who it is; canonical JSON
     root.json, root.copy.json        the root of trust that it was given; never written again
+    device.key, device.copy.key      what it signs its statuses with (`edgead.runtime.device_key`)
     last.json                        what the last poll came to; only to be looked at
 
 Everything else belongs to the store. Two copies, because a device without these could never be mended over the air.
@@ -13,15 +14,18 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
+from edgead.runtime.device_key import ensure_key
 from edgead.runtime.disk import Disk, RealDisk, put_file
 from edgead.runtime.errors import EdgeadError, InputError, OutputExistsError, storage_errors
+from edgead.runtime.mqtt_line import parse_broker
 from edgead.runtime.spec import Digest, Name, canonical_json
+from edgead.runtime.status_targets import checked_address
 from edgead.runtime.update_outcome import Device, Outcome
 
 SCHEMA = 1
@@ -41,10 +45,12 @@ class _Record(Struct, frozen=True, forbid_unknown_fields=True):
     product: Name
     groups: tuple[Name, ...] = ()
     pin_keys: dict[Name, Digest] = {}
+    statuses: Annotated[str, Meta(max_length=2000)] | UnsetType = UNSET
+    mqtt: Annotated[str, Meta(max_length=2000)] | UnsetType = UNSET
 
 
 def init_device(folder: Path, device: Device, *, force: bool = False, disk: Disk | None = None) -> None:
-    """Write who a device is. A store that is there stays.
+    """Write who a device is. A store that is there stays, and so does the key for statuses; else one is made.
 
     Args:
         folder: of the device.
@@ -77,13 +83,18 @@ def init_device(folder: Path, device: Device, *, force: bool = False, disk: Disk
         )
     pin_keys = {kid: public.hex() for kid, public in device.pin_keys.items()}
     groups = tuple(sorted(set(device.groups)))
-    data = canonical_json(_Record(SCHEMA, device.device_id, address, device.product, groups, pin_keys))
+    statuses = checked_address(device.statuses) if device.statuses else UNSET
+    if device.mqtt:
+        parse_broker(device.mqtt)
+    mqtt = device.mqtt or UNSET
+    data = canonical_json(_Record(SCHEMA, device.device_id, address, device.product, groups, pin_keys, statuses, mqtt))
     _record(data)
     with storage_errors(folder, "to make a folder"):
         disk.make_folder(folder)
     for names, content in ((_ROOT, device.root), (_RECORD, data)):
         for name in names:
             put_file(disk, folder / name, [content])
+    ensure_key(folder, disk=disk)
 
 
 def read_device(folder: Path, *, disk: Disk | None = None) -> Device:
@@ -96,7 +107,16 @@ def read_device(folder: Path, *, disk: Disk | None = None) -> Device:
     record = _either(disk, folder, _RECORD, _RECORD_BYTES, _record)
     root = _either(disk, folder, _ROOT, ROOT_BYTES, _check_root)
     pin_keys = {kid: bytes.fromhex(public) for kid, public in record.pin_keys.items()}
-    return Device(record.device_id, record.repository, record.product, root, record.groups, pin_keys)
+    return Device(
+        record.device_id,
+        record.repository,
+        record.product,
+        root,
+        record.groups,
+        pin_keys,
+        record.statuses or "",
+        record.mqtt or "",
+    )
 
 
 def note_outcome(folder: Path, outcome: Outcome, failures: int, *, disk: Disk | None = None) -> None:

@@ -7,10 +7,14 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from edgead.runtime.errors import FetchError
 from edgead.runtime.update_outcome import Outcome
 from edgead.runtime.update_rules import first_poll, next_poll
+
+if TYPE_CHECKING:
+    from edgead.runtime.status_report import StatusReporter
 
 _WATCH_S = 0.5
 
@@ -21,12 +25,16 @@ class UpdateLoop(abc.ABC):
     Args:
         stop: ends it.
         rng: for jitter; differs from device to device.
+        reporter: writes statuses of what came of polls and looks; None for none.
     """
 
-    def __init__(self, stop: threading.Event | None, rng: random.Random | None) -> None:
+    def __init__(
+        self, stop: threading.Event | None, rng: random.Random | None, reporter: StatusReporter | None = None
+    ) -> None:
         self._stop = stop or threading.Event()
         self._rng = rng or random.Random()
         self._poke = threading.Event()
+        self._reporter = reporter
         self.failures = 0
         """Polls in a row that failed."""
 
@@ -56,6 +64,8 @@ class UpdateLoop(abc.ABC):
         stop = stop or self._stop
         due = time.monotonic() + first_poll(interval, jitter, self._rng)
         poked = float("-inf")
+        if self._reporter is not None:
+            self._reporter.start(stop)
         while not stop.is_set():
             now = time.monotonic()
             if self._poke.is_set() and now - poked >= interval:
@@ -65,11 +75,15 @@ class UpdateLoop(abc.ABC):
             if now >= due:
                 outcome = self.poll()
                 report(outcome)
+                self._tell(outcome, polled=True)
                 asked = outcome.error.retry_after if isinstance(outcome.error, FetchError) else None
                 due = time.monotonic() + next_poll(interval, jitter, self.failures, asked, self._rng)
             seen = self.watch()
             if seen is not None:
                 report(seen)
+                self._tell(seen, polled=False)
+            if self._reporter is not None:
+                self._reporter.look()
             stop.wait(max(0.0, min(_WATCH_S, due - time.monotonic())))
 
     def start(
@@ -89,3 +103,7 @@ class UpdateLoop(abc.ABC):
     def poke(self) -> None:
         """Somebody says that there is something new. Costs at most one poll more per interval, whoever says it."""
         self._poke.set()
+
+    def _tell(self, outcome: Outcome, *, polled: bool) -> None:
+        if self._reporter is not None:
+            self._reporter.note(outcome, self.failures, polled=polled)

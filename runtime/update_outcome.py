@@ -24,6 +24,8 @@ class Device:
         groups: that it belongs to.
         pin_keys: keys by name, each 32 bytes of Ed25519: with any of them, a release is taken only if its pack has a
             pin by one of them.
+        statuses: address that its statuses are sent to (http, https, mqtt, mqtts or file); empty for none.
+        mqtt: address of a broker that says when to poll; empty for none.
     """
 
     device_id: str
@@ -32,6 +34,8 @@ class Device:
     root: bytes
     groups: tuple[str, ...] = ()
     pin_keys: Mapping[str, bytes] = field(default_factory=dict)
+    statuses: str = ""
+    mqtt: str = ""
 
 
 @dataclass(frozen=True)

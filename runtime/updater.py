@@ -41,6 +41,7 @@ from edgead.runtime.rollout import RECORD_BYTES, Rollout, decode_rollout
 from edgead.runtime.self_test import Shadow, engine_test, release_test, shadow_replay
 from edgead.runtime.slots import Active, Store
 from edgead.runtime.slots_files import RELEASES
+from edgead.runtime.status_report import StatusReporter
 from edgead.runtime.trust import TrustedRepository
 from edgead.runtime.update_loop import UpdateLoop
 from edgead.runtime.update_outcome import Device, Outcome
@@ -72,6 +73,7 @@ class DeviceUpdater(UpdateLoop):
         stop: ends waits of downloads.
         rng: for jitter.
         lock_timeout_s: how long to wait for another updater.
+        reporter: writes a status after each poll, and whenever something changed, while `run` is at it.
     """
 
     def __init__(
@@ -88,8 +90,9 @@ class DeviceUpdater(UpdateLoop):
         stop: threading.Event | None = None,
         rng: random.Random | None = None,
         lock_timeout_s: float = 30.0,
+        reporter: StatusReporter | None = None,
     ) -> None:
-        super().__init__(stop, rng)
+        super().__init__(stop, rng, reporter)
         self._store = store
         self._device = device
         self._inspector = inspector

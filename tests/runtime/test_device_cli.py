@@ -159,7 +159,10 @@ def test_row_27_one_copy_of_who_it_is_and_of_its_root_is_enough(world: Any, tmp_
     init_device(folder, device)
     wanted = Device("cam-3", "http://localhost", "part", world.root, ("a", "b"))
     names = sorted(path.name for path in folder.iterdir())
-    assert names == ["device.copy.json", "device.json", "root.copy.json", "root.json"]
+    assert names == [
+        *("device.copy.json", "device.copy.key", "device.json", "device.key"),
+        *("root.copy.json", "root.json"),
+    ]
     for name in names:
         good = (folder / name).read_bytes()
         for damaged in (b"", b"\0" * len(good), good[:-10]):
