@@ -14,7 +14,7 @@ def collect(work: WorkFolder, number: int) -> list[Member]:
     """The anomalies that detectors train on after a round.
 
     *add*: those before and all of this round. *rep*: as many as after round 0; hard ones of this round take the places
-    of easy ones, the farthest (easiest) first. Faint ones never.
+    of easy ones, the farthest (easiest) first, in multiples of the limit that they were judged by. Faint ones never.
 
     Raises:
         InputError: a round before is missing.

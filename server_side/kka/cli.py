@@ -74,7 +74,9 @@ images = 1                     # of each caption
 hard_quantile = 1.0            # hard: nearer to the centre than this quantile of held-out normals
 visible_floor = 4.0            # mean change of colour, 0 to 255, below which a defect is too faint to count
 eta = 1.0
-epochs = 50
+evaluator = "each"             # each: trained anew in each round; first: that of round 0 judges all
+folds = 2                      # an image is judged by an evaluator that was not trained on it; 1: by one that was
+steps = 600
 batch = 32
 learning_rate = 1e-4
 held_out = 0.2
@@ -234,7 +236,7 @@ def _run(
             write_report(work)
     if as_json:
         for each in found:
-            del each["distances"]
+            del each["distances_over_limit"]
         click.echo(json.dumps({"work": str(work.path), "rounds": found}))
         return
     click.echo(f"work folder {work.path}")

@@ -94,7 +94,13 @@ class Judge(Struct, frozen=True, forbid_unknown_fields=True):
     """Mean change of colour inside the mask below which a painted defect counts as invisible: it is neither hard nor
     easy. Ours: without a floor, preference training learns to paint nothing."""
     eta: Annotated[float, Meta(gt=0.0)] = 1.0
-    epochs: Positive = 50
+    evaluator: Literal["each", "first"] = "each"
+    """Whether each round trains an evaluator on the anomalies so far, as the paper does, or that of round 0 judges all,
+    so that the shares of rounds are measured with one measure."""
+    folds: Annotated[int, Meta(ge=1, le=10)] = 2
+    """Parts of the round's images, each judged by an evaluator that was trained on the others. Ours: an evaluator finds
+    any image easy that it was trained on. 1 trains on all that it judges, as the paper does."""
+    steps: Positive = 600
     batch: Positive = 32
     learning_rate: Annotated[float, Meta(gt=0.0)] = 1e-4
     held_out: Annotated[float, Meta(gt=0.0, lt=1.0)] = 0.2

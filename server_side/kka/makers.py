@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from edgead.server_side.kka.config import Config
-from edgead.server_side.kka.rounds import FittedEvaluator, Makers
-from edgead.server_side.kka.seams import Author, Embedder, Painter, Tuner
+from edgead.server_side.kka.rounds import Makers
+from edgead.server_side.kka.seams import Author, Embedder, Evaluator, Painter, Tuner
 from edgead.server_side.kka.work import WorkFolder
 
 
@@ -43,7 +43,7 @@ def opened_makers(
 
         return open_painter(config.paint)
 
-    def evaluator(work: WorkFolder, number: int) -> FittedEvaluator:
+    def evaluator(work: WorkFolder, number: int) -> Evaluator:
         from edgead.server_side.kka.confusion import fitted_evaluator
 
         return fitted_evaluator(work, number)

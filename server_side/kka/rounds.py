@@ -13,10 +13,9 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgead.runtime.files import write_file
 from edgead.server_side.kka.choices import collect, preferences
@@ -27,17 +26,6 @@ from edgead.server_side.kka.work import WorkFolder
 
 STAGES = ("describe", "representatives", "imagine", "paint", "judge", "collect", "prefer")
 """In order; the first two once, the others in each round."""
-
-
-class FittedEvaluator(Evaluator, Protocol):
-    """An evaluator that knows how far the held-out normals lie."""
-
-    @property
-    def normal_distances(self) -> NDArray[np.float32]: ...
-    @property
-    def limit(self) -> float:
-        """Distance up to which an anomaly is hard."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -59,7 +47,7 @@ class Makers:
     embedder: Callable[[], Embedder]
     author: Callable[[Path | None], Author]
     painter: Callable[[], Painter]
-    evaluator: Callable[[WorkFolder, int], FittedEvaluator]
+    evaluator: Callable[[WorkFolder, int], Evaluator]
     tuner: Callable[[], Tuner]
     mapped: OrderedMap[Job, Painted] = map
     say: Callable[[str], object] = lambda line: None
@@ -99,8 +87,7 @@ def _round(work: WorkFolder, makers: Makers, painter: Callable[[], Painter], num
     if until >= 3 and not work.is_done("paint", number):
         paint(work, number, painter(), makers.mapped)
     if until >= 4 and not work.is_done("judge", number):
-        evaluator = makers.evaluator(work, number)
-        judge(work, number, evaluator, evaluator.limit)
+        judge(work, number, makers.evaluator(work, number))
     if until >= 5:
         collect(work, number)
         _measure(work, number, makers)
@@ -138,12 +125,12 @@ def facts(work: WorkFolder, number: int) -> dict[str, Any]:
         "easy": len(counted) - len(hard),
         "faint": len(judged) - len(counted),
         "hard_share": round(len(hard) / len(counted), 6) if counted else None,
-        "limit": judged[0].limit if judged else None,
+        "limits": sorted({record.limit for record in judged}),
         "visible": _median([images[record.parent].visible for record in counted if images[record.parent].mask]),
         "visible_hard": _median([images[record.parent].visible for record in hard if images[record.parent].mask]),
-        "distances": {
-            "hard": [record.distance for record in hard],
-            "easy": [record.distance for record in counted if not record.hard],
+        "distances_over_limit": {
+            "hard": [record.distance / record.limit for record in hard],
+            "easy": [record.distance / record.limit for record in counted if not record.hard],
         },
         "set": len(members),
         "set_hard": sum(member.hard for member in members),
@@ -210,4 +197,4 @@ def _once(make: Callable[[], Any]) -> Callable[[], Any]:
     return get
 
 
-__all__ = ["STAGES", "FittedEvaluator", "Makers", "adapter_before", "facts", "run"]
+__all__ = ["STAGES", "Makers", "adapter_before", "facts", "run"]

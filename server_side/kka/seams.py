@@ -107,10 +107,20 @@ class Embedder(Protocol):
 
 
 class Evaluator(Protocol):
-    """The confusion evaluator: how far a frame lies from the normals."""
+    """The confusion evaluator: how far an image lies from the normals, and how far is still hard."""
 
-    def distances(self, frames: Sequence[Frame]) -> NDArray[np.float32]:
-        """Squared distances to the centre, float32 [N], of N frames."""
+    @property
+    def normal_distances(self) -> NDArray[np.float32]:
+        """Distances of held-out normals, [V]."""
+        ...
+
+    def measure(self, names: Sequence[str], frames: Sequence[Frame]) -> list[tuple[float, float]]:
+        """(squared distance to the centre, distance up to which it would be hard) of each frame.
+
+        Args:
+            names: ids of the images; which evaluator measures one may depend on it.
+            frames: their pixels.
+        """
         ...
 
 

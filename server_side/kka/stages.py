@@ -236,14 +236,13 @@ def painting_jobs(work: WorkFolder, number: int, painter: Painter) -> list[Job]:
     return jobs
 
 
-def judge(work: WorkFolder, number: int, evaluator: Evaluator, limit: float) -> list[Judgement]:
+def judge(work: WorkFolder, number: int, evaluator: Evaluator) -> list[Judgement]:
     """Divide the images of a round into hard and easy ones, equation (6).
 
     Args:
         work: the run.
         number: of the round.
         evaluator: measures distances to the centre of the normals.
-        limit: distance up to which an anomaly is hard; see `hard_limit`.
 
     Raises:
         InputError: no images.
@@ -259,15 +258,16 @@ def judge(work: WorkFolder, number: int, evaluator: Evaluator, limit: float) -> 
         for start in range(0, len(images), _EMBED_BATCH):
             part = images[start : start + _EMBED_BATCH]
             if not have.issuperset(record.id for record in part):
-                distances = evaluator.distances([painted_image(work, record) for record in part])
+                names = [record.id for record in part]
+                measured = evaluator.measure(names, [painted_image(work, record) for record in part])
                 new = []
-                for record, distance in zip(part, distances, strict=True):
+                for record, (distance, limit) in zip(part, measured, strict=True):
                     # Without a mask nobody knows how visible it is.
                     faint = bool(record.mask) and record.visible < floor
-                    hard = is_hard(float(distance), limit) and not faint
+                    hard = is_hard(distance, limit) and not faint
                     name = record.id.replace("i", "j", 1)
                     if record.id not in have:
-                        new.append(Judgement(name, number, record.id, float(distance), limit, hard, faint))
+                        new.append(Judgement(name, number, record.id, distance, limit, hard, faint))
                 work.append_all(new, number)
                 made.append(len(new))
             progress.advance(len(part))

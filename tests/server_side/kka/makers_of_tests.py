@@ -76,11 +76,11 @@ class SpotPainter:
 class DarkEvaluator:
     """The distance is the share of dark pixels."""
 
-    limit = 0.01
     normal_distances: NDArray[np.float32] = np.array([0.0, 0.01], np.float32)
 
-    def distances(self, frames: Sequence[Frame]) -> NDArray[np.float32]:
-        return np.array([(frame.mean(2) < 80).mean() for frame in frames], np.float32)
+    def measure(self, names: Sequence[str], frames: Sequence[Frame]) -> list[tuple[float, float]]:
+        assert len(names) == len(frames)
+        return [(float((frame.mean(2) < 80).mean()), 0.01) for frame in frames]
 
 
 class MeanEmbedder:
