@@ -21,6 +21,7 @@ from click.testing import CliRunner
 
 from edgead.runtime.device_status import Attempt, DeviceStatus, encode_status, new_device_key, public_of
 from edgead.runtime.live import LiveInspector
+from edgead.runtime.status_report import StatusReporter
 from edgead.server_side.ota.devices import DeviceFile, DeviceKey, checked
 from edgead.server_side.ota.guard import ENROLLED, witnesses
 from edgead.server_side.ota.guard_cli import guard
@@ -39,8 +40,8 @@ class Reporting:
     def __init__(self, folder: Path, url: str, root: bytes, *groups: str) -> None:
         self.name, self.seed = folder.name, new_device_key()
         self.camera = update_world.camera(folder, url, root, device_id=self.name, groups=groups).installed()
-        self.attempts: list[Attempt] = []
-        self.sequence = 0
+        self.reporter = StatusReporter(self.camera.store, self.camera.device, self.seed)
+        self.reporter.note()
 
     @property
     def record(self) -> DeviceKey:
@@ -63,29 +64,13 @@ class Reporting:
             watched = updater.watch()
             if watched is None:
                 updater.confirm()
-            outcome = "confirmed" if watched is None else watched.status
-            self.attempts.append(Attempt(polled.release, outcome, "" if watched is None else watched.reason[:300]))
             return watched or polled
 
     def status(self) -> bytes:
-        state, active = self.camera.store.state(), self.camera.store.active()
-        self.sequence += 1
-        device = self.camera.device
-        status = DeviceStatus(
-            device=self.name,
-            product="part",
-            groups=device.groups,
-            sequence=self.sequence,
-            time=1_700_000_000,
-            version="1.4.0",
-            release=active.release.counter,
-            digest=active.digest,
-            confirmed=True,
-            counter=state.counter,
-            quarantined=state.quarantined,
-            attempts=tuple(self.attempts),
-        )
-        return encode_status(status, self.seed)
+        """What the device itself writes about its store, for its sender to send."""
+        number = self.reporter.note()
+        assert number is not None, self.reporter.trouble
+        return (self.camera.store.spool / f"{number:012d}.json").read_bytes()
 
 
 @pytest.fixture(scope="module")
