@@ -193,6 +193,7 @@ def trace(
     from edgead.runtime.bundle import open_bundle
     from edgead.server_side import knowledge_view as room
 
+    made_by: Path | None
     if room.is_device(pack):
         loaded, engine = room.load_device(pack, product, provenance)
         made_by = bundle or engine
