@@ -92,9 +92,9 @@ class Tests:
                 raise
             return
         self.remembered += 1
-        error = self.known[digest]
-        if error is not None:
-            raise error.with_traceback(None)
+        known = self.known[digest]
+        if known is not None:
+            raise known.with_traceback(None)
 
 
 class Patience(threading.Event):

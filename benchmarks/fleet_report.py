@@ -139,9 +139,9 @@ def picture(found: Results, settings: Settings) -> str:
     second = top + height + gap
     took = sorted(found.adopted)
     bins: Counter[int] = Counter()
-    for when, count in found.seconds.items():
-        if when < END:
-            bins[int(when // _BIN_S)] += count
+    for moment, count in found.seconds.items():
+        if moment < END:
+            bins[int(moment // _BIN_S)] += count
     per_minute = {place: count * 60.0 / _BIN_S for place, count in bins.items()}
     most = max(per_minute.values(), default=1.0)
 
@@ -165,16 +165,18 @@ def picture(found: Results, settings: Settings) -> str:
     for when, what in found.steps:
         if when <= END and "timestamp" not in what:
             marks[when] = what
-    for place, (when, what) in enumerate(marks.items(), 1):
+    for number, (when, what) in enumerate(marks.items(), 1):
         colour = _BAD if "bad" in what or "power" in what else _GOOD
         parts.append(
             f'<line x1="{x(when):.1f}" x2="{x(when):.1f}" y1="{top}" y2="{second + height}" stroke="{colour}" '
             'stroke-dasharray="3 4" opacity=".7"/>'
         )
-        row = second + height + 44 + 18 * ((place - 1) % 4)
-        column = left + 450 * ((place - 1) // 4)
-        parts.append(_text(x(when), top + height + 14 + 12 * (place % 2), str(place), "middle", colour, 11, bold=True))
-        parts.append(_text(column, row, f"{place}  hour {when / HOUR:.1f}: {what}", "start", colour, 12))
+        row = second + height + 44 + 18 * ((number - 1) % 4)
+        column = left + 450 * ((number - 1) // 4)
+        parts.append(
+            _text(x(when), top + height + 14 + 12 * (number % 2), str(number), "middle", colour, 11, bold=True)
+        )
+        parts.append(_text(column, row, f"{number}  hour {when / HOUR:.1f}: {what}", "start", colour, 12))
     steps = [END * place / 450 for place in range(451)]
     shares = [bisect_left(took, when) / settings.devices for when in steps]
     line = " ".join(

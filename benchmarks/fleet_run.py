@@ -9,6 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from benchmarks.common import note
@@ -162,7 +163,7 @@ class _Run:
         self._publish(BAD, "a bad release to the pilot group", self._release_bad)
         self._publish(GOOD, "a good release to the pilot group", self._release_good)
         for when, percent in ((TENTH, 10.0), (HALF, 50.0), (ALL, 100.0)):
-            self._publish(when, f"to {percent:g} %", lambda percent=percent: self._publisher.widen(percent))
+            self._publish(when, f"to {percent:g} %", partial(self._publisher.widen, percent))
         self._at(DARK, self._dark)
         usual = gc.get_threshold()
         gc.collect()
@@ -199,7 +200,7 @@ class _Run:
     def _install(self) -> list[SimulatedDevice]:
         settings = self._settings
         note(f"{settings.devices} devices ...")
-        devices = []
+        devices: list[SimulatedDevice] = []
         for number in range(settings.devices):
             groups = (PILOT,) if pilot(number, settings.devices, settings.pilot_share) else ()
             device = SimulatedDevice(self._plant, number, groups)

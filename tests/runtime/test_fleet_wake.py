@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from bisect import bisect_right
 from collections.abc import Callable
@@ -47,7 +48,7 @@ def peak(times: list[float], window: float = 1.0) -> int:
 
 def most(mean: float) -> float:
     """What chance does not exceed where so many polls are expected in a window."""
-    return mean + LUCK * mean**0.5
+    return mean + LUCK * math.sqrt(mean)
 
 
 def test_row_36_a_fleet_that_wakes_together_never_exceeds_what_its_jitter_allows() -> None:
