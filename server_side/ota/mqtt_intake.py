@@ -35,8 +35,8 @@ UNDER_WAY = 100
 SESSION_SECONDS = 7 * 86_400
 """How long the broker keeps what comes while nobody collects."""
 _WAITING = 1000
-_OF_TOPIC = 150
-"""More than `UNDER_WAY`: what a device sends with QoS 1 is never dropped here."""
+_OF_TOPIC = 100
+"""Messages of one topic that wait, of those that nobody acknowledges (QoS 0)."""
 _BATCH = 100
 _KEEPALIVE_S = 30
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 1, 60
@@ -140,7 +140,9 @@ class MqttIntake:
             self._drop("too large", one)
             return
         with self._lock:
-            many = self._of_topic[one.topic] >= _OF_TOPIC
+            # What is acknowledged is bounded by what may be under way; the rest must leave room for it.
+            crowded = self._waiting.qsize() >= _WAITING - 2 * UNDER_WAY
+            many = not one.qos and (crowded or self._of_topic[one.topic] >= _OF_TOPIC)
             if not many:
                 self._of_topic[one.topic] += 1
         if many:
@@ -175,10 +177,12 @@ class MqttIntake:
                     self._stop.wait(wait)
                     wait = min(2 * wait, float(_LONGEST_WAIT_S))
                     continue
+                self._forget(batch)
                 for message in good:
                     self._acknowledge(message)
                 break
-            self._forget(batch)
+            else:
+                self._forget(batch)
 
     def _batch(self) -> list[_Message]:
         batch: list[_Message] = []
