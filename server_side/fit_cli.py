@@ -18,6 +18,7 @@ from edgead.server_side.fit_options import (
     LANGUAGE_METHODS,
     MEMORY_BANK,
     OPTIONS_OF,
+    TRAINED_METHODS,
     TRAINS_PROJECTIONS,
     anomalous_samples,
     check_method,
@@ -55,6 +56,7 @@ def fit(normal: Path | None, output: Path, force: bool, as_json: bool, **words: 
       edgead fit --normal photos/good --roi 100,50,1000,800 --tiles 3x2 -o part.detector
       edgead fit --method winclip --model ViT-B-16-plus-240 --model-weights laion400m_e32 \\
         --class carpet --normal photos/good --shots 4 -o carpet.detector
+      edgead fit --method simplenet --normal photos/good --anomalous anomalies/ -o part.detector
     """
     detector = fit_from_options(normal, output, force=force, **words)
     if as_json:
@@ -92,6 +94,8 @@ def fit_from_options(normal: Path | None, output: Path, *, force: bool = False, 
     samples = anomalous_samples(words["anomalous"])
     if words["method"] == MEMORY_BANK:
         detector = _fit_memory_bank(normal, output, preprocessing, samples, force, words)
+    elif words["method"] in TRAINED_METHODS:
+        detector = _fit_trained(normal, output, preprocessing, samples, force, words)
     else:
         detector = _fit_with_sentences(normal, output, preprocessing, samples, force, words)
     _tell_left_out(detector.card)
@@ -118,10 +122,7 @@ def _fit_memory_bank(
     normal: Path | None, output: Path, preprocessing: Preprocessing, samples: Samples, force: bool, words: Words
 ) -> FittedDetector:
     _refuse_foreign(MEMORY_BANK, words)
-    if normal is None:
-        raise InputError(
-            wanted="photographs of good parts", got="no --normal", next_step="Add: --normal DIR, a folder of pictures."
-        )
+    normal = _need_normal(normal)
     # torch comes with this import, so mistakes in the options are told before it
     from edgead.server_side.fitting import FitOptions, fit_memory_bank
 
@@ -138,6 +139,53 @@ def _fit_memory_bank(
         skip_unreadable=words["skip_unreadable"],
     )
     return fit_memory_bank(normal, output, options, anomalous=samples, force=force)
+
+
+def _need_normal(normal: Path | None) -> Path:
+    if normal is None:
+        raise InputError(
+            wanted="photographs of good parts", got="no --normal", next_step="Add: --normal DIR, a folder of pictures."
+        )
+    return normal
+
+
+def _fit_trained(
+    normal: Path | None, output: Path, preprocessing: Preprocessing, samples: Samples, force: bool, words: Words
+) -> FittedDetector:
+    method = words["method"]
+    _refuse_foreign(method, words)
+    paths = list_images(_need_normal(normal))
+    refuse_existing(output, force)
+    # torch comes with this import, so mistakes in the options are told before it
+    from edgead.server_side.detectors.trained import TrainedOptions
+
+    learn = importlib.import_module(f"edgead.server_side.detectors.{TRAINED_METHODS[method]}").learn
+    left_out: list[LeftOut] = []
+    if words["skip_unreadable"]:
+        paths, samples, left_out = leave_out_unreadable(paths, samples)
+    options = TrainedOptions(
+        backbone=words["backbone"],
+        backbone_weights=words["backbone_weights"],
+        layers=parse_layers(words["layers"]),
+        preprocessing=preprocessing,
+        steps=words["steps"],
+        false_alarm_rate=words["false_alarms"],
+        product=words["product"],
+        seed=words["seed"],
+    )
+    # An interrupted training goes on from here when the same command is given again.
+    checkpoint = output.with_name(output.name + ".training")
+    learned: Learned = learn(paths, options, samples, checkpoint=checkpoint)
+    _note_left_out(learned, left_out)
+    fitted = learned.write(output, force=force)
+    checkpoint.unlink(missing_ok=True)
+    return fitted
+
+
+def _note_left_out(learned: Learned, left_out: Sequence[LeftOut]) -> None:
+    if left_out:
+        learned.card["images"]["left_out_unreadable"] = len(left_out)
+        learned.card["left_out"] = left_out_facts(left_out)
 
 
 def _fit_with_sentences(
@@ -196,9 +244,7 @@ def _fit_with_sentences(
     if words["score"] is not None:
         more["score"] = words["score"]
     learned: Learned = learn(paths, options, samples, **more)
-    if left_out:
-        learned.card["images"]["left_out_unreadable"] = len(left_out)
-        learned.card["left_out"] = left_out_facts(left_out)
+    _note_left_out(learned, left_out)
     fitted = learned.write(output, force=force)
     if "checkpoint" in more:
         checkpoint.unlink(missing_ok=True)

@@ -24,13 +24,23 @@ LANGUAGE_METHODS = {
 """Methods that rest on sentences -> their module in `edgead.server_side.detectors`."""
 TRAINS_PROJECTIONS = ("april-gan", "normality")
 """Those that train projections where no file of them is given."""
-METHODS = (MEMORY_BANK, *LANGUAGE_METHODS)
+TRAINED_METHODS = {
+    "deep-sad": "deep_sad",
+    "simplenet": "simplenet",
+    "recontrast": "recontrast",
+    "efficientad": "efficientad",
+    "padim": "padim",
+    "ssd": "ssd",
+}
+"""Methods that train a small network, or statistics, on good parts and anomalies -> their module, as above."""
+METHODS = (MEMORY_BANK, *TRAINED_METHODS, *LANGUAGE_METHODS)
 OPTIONS_OF: dict[str, tuple[str, ...]] = {
-    "backbone_weights": (MEMORY_BANK,),
+    "backbone_weights": (MEMORY_BANK, *TRAINED_METHODS),
     "rows": (MEMORY_BANK,),
     "neighbours": (MEMORY_BANK,),
-    "anomalous": (MEMORY_BANK, "anomalous-few-shot"),
-    "layers": (MEMORY_BANK, *TRAINS_PROJECTIONS),
+    "anomalous": (MEMORY_BANK, *TRAINED_METHODS, "anomalous-few-shot"),
+    "layers": (MEMORY_BANK, *TRAINED_METHODS, *TRAINS_PROJECTIONS),
+    "steps": tuple(TRAINED_METHODS),
     "projections": TRAINS_PROJECTIONS,
     "auxiliary": TRAINS_PROJECTIONS,
     "score": ("april-gan",),
@@ -90,6 +100,11 @@ def fit_options(command: Command) -> Command:
             help="Leave pictures out that cannot be read, and name each with its reason; an error if not given.",
         ),
         click.option("--seed", default=0, show_default=True),
+        click.option(
+            "--steps",
+            type=click.IntRange(1),
+            help="Trained methods: most steps of training; the method's own number if left out.",
+        ),
         click.option(
             "--model",
             help="Methods with sentences: open_clip model, such as MobileCLIP-S1 or ViT-B-16-plus-240, or a JSON "

@@ -124,7 +124,8 @@ def _read(work: WorkFolder, number: int) -> _Data:
 
         def frame(picture: Frame) -> Frame:
             progress.advance()
-            return prepare(picture, preprocessing)[0]
+            found: Frame = prepare(picture, preprocessing)[0]
+            return found
 
         pictures = [frame(read_image(work.normals / normals[at].file)) for at in order.tolist()]
         painted = [frame(painted_image(work, images[name])) for name in names]
