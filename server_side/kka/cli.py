@@ -93,6 +93,11 @@ steps = 150
 batch = 4
 accumulate = 4
 target_modules = []
+
+[evaluate]                     # labelled pictures on which the sets of rounds are compared; nothing rests on them
+data = ""                      # folder in the MVTec layout
+steps = 1500
+size = 256
 """
 
 

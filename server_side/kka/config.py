@@ -126,6 +126,15 @@ class Prefer(Struct, frozen=True, forbid_unknown_fields=True):
     """Layers with adapters; empty for those that peft knows of the architecture."""
 
 
+class Evaluate(Struct, frozen=True, forbid_unknown_fields=True):
+    """Labelled pictures on which the sets of rounds are compared; nothing of a run depends on them."""
+
+    data: str = ""
+    """Folder in the MVTec layout; its `test` pictures are used. Empty for no comparison."""
+    steps: Positive = 1500
+    size: Annotated[int, Meta(ge=32, le=2048)] = 256
+
+
 class Config(Struct, frozen=True, forbid_unknown_fields=True):
     """A run."""
 
@@ -148,6 +157,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     paint: Paint = Paint()
     judge: Judge = Judge()
     prefer: Prefer = Prefer()
+    evaluate: Evaluate = Evaluate()
 
     @property
     def digest(self) -> str:
@@ -200,6 +210,7 @@ def read_config(path: Path) -> Config:
             config.imagine, model=config.imagine.model if config.imagine.url else placed(config.imagine.model)
         ),
         paint=msgspec.structs.replace(config.paint, model=placed(config.paint.model)),
+        evaluate=msgspec.structs.replace(config.evaluate, data=placed(config.evaluate.data)),
     )
 
 
@@ -217,6 +228,9 @@ def _check(config: Config, where: str) -> None:
         )
     if config.paint.painter != "procedural" and not config.paint.model:
         raise _refusal(where, f"paint.painter = {config.paint.painter!r} without paint.model")
+    for name, side in (("judge", config.judge.size), ("evaluate", config.evaluate.size)):
+        if side % 32:
+            raise _refusal(where, f"{name}.size = {side}, which is no multiple of 32")
     if "{caption}" not in config.paint.prompt:
         raise _refusal(where, "paint.prompt without {caption}")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from edgead.server_side.kka.config import Config
 from edgead.server_side.kka.rounds import Makers
-from edgead.server_side.kka.seams import Author, Embedder, Evaluator, Painter, Tuner
+from edgead.server_side.kka.seams import Author, Embedder, Evaluator, Painted, Painter, Tuner
+from edgead.server_side.kka.stages import Job, OrderedMap
 from edgead.server_side.kka.work import WorkFolder
 
 
@@ -53,13 +54,20 @@ def opened_makers(
 
         return DpoTuner(config.imagine.model, config.prefer)
 
-    with contextlib.ExitStack() as stack:
-        if ray is None:
-            yield Makers(describe, embedder, author, painter, evaluator, tuner, say=say)
-            return
-        from edgead.server_side.kka.scale_out import ray_map
+    def measure(work: WorkFolder, number: int) -> object:
+        if not config.evaluate.data:
+            return None
+        from edgead.server_side.kka.measuring import measure_round
 
-        yield Makers(describe, embedder, author, painter, evaluator, tuner, stack.enter_context(ray_map(ray)), say)
+        return measure_round(work, number)
+
+    with contextlib.ExitStack() as stack:
+        mapped: OrderedMap[Job, Painted] = map
+        if ray is not None:
+            from edgead.server_side.kka.scale_out import ray_map
+
+            mapped = stack.enter_context(ray_map(ray))
+        yield Makers(describe, embedder, author, painter, evaluator, tuner, mapped, measure, say)
 
 
 __all__ = ["opened_makers"]

@@ -40,6 +40,7 @@ class Makers:
         evaluator: trains the confusion evaluator of a round, or reads the one that was trained.
         tuner: teaches the author.
         mapped: spreads painting over machines; `map` for this process.
+        measure: compares the sets of rounds on labelled pictures, where there are some.
         say: a line for people.
     """
 
@@ -50,6 +51,7 @@ class Makers:
     evaluator: Callable[[WorkFolder, int], Evaluator]
     tuner: Callable[[], Tuner]
     mapped: OrderedMap[Job, Painted] = map
+    measure: Callable[[WorkFolder, int], object] = lambda work, number: None
     say: Callable[[str], object] = lambda line: None
 
 
@@ -91,6 +93,7 @@ def _round(work: WorkFolder, makers: Makers, painter: Callable[[], Painter], num
     if until >= 5:
         collect(work, number)
         _measure(work, number, makers)
+        makers.measure(work, number)
     if until >= 6 and number < work.config.rounds:
         _prefer(work, number, makers)
 
