@@ -38,6 +38,7 @@ from edgead.runtime.fetch_rules import (
     too_long,
 )
 from edgead.runtime.net import authorization, ended_after
+from edgead.runtime.packed import unpacked
 
 _CHUNK = 64 * 2**10
 _SAFE = "!#$%&'()*+,/:;=?@[]~"
@@ -56,7 +57,7 @@ class Fetcher:
         context: of TLS; by default the system's certificates, verified.
 
     Attributes:
-        received: bytes of bodies so far.
+        received: bytes of bodies so far, as they came over the line.
         requests: requests so far.
     """
 
@@ -74,15 +75,18 @@ class Fetcher:
         self._stop = stop or threading.Event()
         self._rng = rng or random.Random()
         self._context = context
+        self._packs = True
         self._kept: tuple[tuple[str, str], http.client.HTTPConnection] | None = None
 
-    def read(self, url: str, most: int, *, sha256: str | None = None) -> bytes:
+    def read(self, url: str, most: int, *, sha256: str | None = None, packed: bool = False) -> bytes:
         """A small file.
 
         Args:
             url: where it is.
             most: bytes that it may have; with `sha256`, exactly.
             sha256: that it must have.
+            packed: let the server send it in gzip, which it may ignore. What arrives counts unpacked; an answer that
+                was cut is begun anew, as it is.
 
         Raises:
             FetchError: it cannot be had.
@@ -90,8 +94,9 @@ class Fetcher:
         end = time.monotonic() + self.limits.total_s
         for _ in range(self.limits.restarts + 1):
             try:
-                data = b"".join(self._stream(url, 0, most, sha256 is not None, end))
+                data = b"".join(self._stream(url, 0, most, sha256 is not None, end, packed and self._packs))
             except ChangedError:
+                packed = False
                 continue
             if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
                 raise damaged(url, sha256)
@@ -160,7 +165,9 @@ class Fetcher:
             yield from disk.chunks(old)
         yield from self._stream(url, here, length, True, end)
 
-    def _stream(self, url: str, offset: int, most: int, exact: bool, end: float) -> Iterator[bytes]:
+    def _stream(
+        self, url: str, offset: int, most: int, exact: bool, end: float, packed: bool = False
+    ) -> Iterator[bytes]:
         """The file from `offset` on, over as many connections as it takes.
 
         Raises:
@@ -168,19 +175,19 @@ class Fetcher:
             ChangedError: it cannot be continued.
         """
         validator: str | None = None
-        failures = 0
+        failures, unpacking = 0, False
         while True:
             before = offset
             try:
-                with self._opened(url, offset, most, exact, validator, end) as (part, pieces):
-                    validator = part.validator or validator
-                    for piece in pieces:
+                with self._opened(url, offset, most, exact, validator, end, packed) as (part, pieces):
+                    validator, unpacking = part.validator or validator, part.packed
+                    for piece in self._unpacked(url, pieces, part.end, most) if unpacking else pieces:
                         offset += len(piece)
                         if offset > most:
                             raise too_long(shown(url), most)
-                        self.received += len(piece)
+                        self.received += 0 if unpacking else len(piece)
                         yield piece
-                    if part.end is not None and offset < part.end:
+                    if part.end is not None and offset < part.end and not unpacking:
                         raise cut(url, offset, part.end)
                 if not exact or offset == most:
                     return
@@ -198,10 +205,24 @@ class Fetcher:
                 wait = pause(failures, self.limits, self._rng, error.retry_after) if error.transient else None
                 if wait is None or time.monotonic() + wait >= end or self._stop.wait(wait):
                     raise
+                if unpacking and offset:
+                    raise ChangedError from error
+
+    def _unpacked(self, url: str, pieces: Iterable[bytes], end: int | None, most: int) -> Iterator[bytes]:
+        def counted(piece: bytes) -> bytes:
+            self.received += len(piece)
+            return piece
+
+        try:
+            yield from unpacked(map(counted, pieces), url, end, most)
+        except FetchContentError:
+            # Whoever packs wrongly is not asked to again, so that this costs one poll and not all of them.
+            self._packs = False
+            raise
 
     @contextlib.contextmanager
     def _opened(
-        self, url: str, offset: int, most: int, exact: bool, validator: str | None, end: float
+        self, url: str, offset: int, most: int, exact: bool, validator: str | None, end: float, packed: bool
     ) -> Iterator[tuple[Part, Iterator[bytes]]]:
         where = urlsplit(url)
         self.requests += 1
@@ -211,7 +232,8 @@ class Fetcher:
             return
         if where.scheme not in ("http", "https") or not where.hostname:
             raise FetchError(wanted="an address with http, https or file", got=shown(url), next_step="Correct it.")
-        headers = {"Accept-Encoding": "identity", "User-Agent": f"edgead/{__version__}"}
+        packed = packed and not offset  # a range of a packed file is of no use
+        headers = {"Accept-Encoding": "gzip" if packed else "identity", "User-Agent": f"edgead/{__version__}"}
         headers |= authorization(where)
         if offset:
             headers["Range"] = f"bytes={offset}-"
@@ -228,6 +250,7 @@ class Fetcher:
                     most=most,
                     exact=exact,
                     validator=validator,
+                    packed=packed,
                 )
                 yield part, self._pieces(url, connection, answer, end)
             finally:

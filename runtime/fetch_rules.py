@@ -47,12 +47,14 @@ class Part:
     """What the body of an answer is.
 
     Attributes:
-        end: offset in the file at which it ends; None if the answer does not say.
+        end: offset in the file at which it ends, or bytes of the packed body; None if the answer does not say.
         validator: the strong entity tag of the file, to ask for more of the same one.
+        packed: whether the body is the whole file in gzip.
     """
 
     end: int | None
     validator: str | None
+    packed: bool = False
 
 
 class ChangedError(Exception):
@@ -71,6 +73,7 @@ def judge(
     most: int,
     exact: bool,
     validator: str | None,
+    packed: bool = False,
 ) -> Part:
     """What an answer means.
 
@@ -82,6 +85,7 @@ def judge(
         most: bytes that the file may have.
         exact: whether it has exactly so many.
         validator: that of the answer that the present bytes came from.
+        packed: whether gzip was asked for too.
 
     Raises:
         FetchStatusError: no file.
@@ -99,7 +103,9 @@ def judge(
             status=status,
             retry_after=seconds_of(headers.get("retry-after", "")),
         )
-    if headers.get("content-encoding", "identity").lower() != "identity":
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    unpack = packed and encoding in ("gzip", "x-gzip")
+    if encoding != "identity" and not unpack:
         raise _other(name, "a file as it is", f"one that is encoded as {headers['content-encoding'][:40]}")
     if headers.get("content-type", "").lower().startswith(("text/html", "application/xhtml")):
         raise _other(name, "a file of the repository", "a web page: a login page of this network?")
@@ -117,9 +123,10 @@ def judge(
         if text and not (text.isascii() and text.isdigit() and len(text) <= 18):
             raise _other(name, "a length in digits", repr(text[:40]))
         end = int(text) if text and "transfer-encoding" not in headers else None
-    if end is not None and (end > most or (exact and not offset and end != most)):
+    if end is not None and (end > (packed_most(most) if unpack else most) or (exact and not offset and end != most)):
         raise _other(name, f"{'' if exact else 'at most '}{most} bytes", f"{end}")
-    return Part(end, tag or None)
+    # The tag of a packed answer is that of its packed form: nothing else can be continued by it.
+    return Part(end, None if unpack else tag or None, unpack)
 
 
 def pause(failures: int, limits: FetchLimits, rng: random.Random, asked: float | None) -> float | None:
@@ -135,6 +142,11 @@ def pause(failures: int, limits: FetchLimits, rng: random.Random, asked: float |
         return None
     wait = min(limits.longest_wait_s, limits.first_wait_s * 2.0 ** (failures - 1)) * rng.uniform(0.5, 1.0)
     return max(wait, asked or 0.0)
+
+
+def packed_most(most: int) -> int:
+    """Bytes that gzip may take for content of at most so many: what does not shrink grows by a little."""
+    return most + most // 1000 + 1024
 
 
 def too_long(name: str, most: int) -> FetchContentError:
@@ -209,6 +221,7 @@ __all__ = [
     "damaged",
     "judge",
     "late",
+    "packed_most",
     "pause",
     "restless",
     "seconds_of",

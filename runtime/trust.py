@@ -208,7 +208,7 @@ def tuf_fetcher(fetcher: Fetcher) -> FetcherInterface:
     class Adapter(FetcherInterface):
         def download_bytes(self, url: str, max_length: int) -> bytes:
             try:
-                return fetcher.read(url, max_length)
+                return fetcher.read(url, max_length, packed=True)  # signatures and digests in hex shrink well
             except FetchStatusError as error:
                 raise DownloadHTTPError(str(error), error.status or 0) from error
             except FetchError as error:

@@ -1,8 +1,10 @@
-"""A static file server for trials: ranges, entity tags, and no more. A plant uses any web server in its place."""
+"""A static file server for trials: ranges, entity tags, metadata in gzip for who asks. A plant uses any web server."""
 
 from __future__ import annotations
 
 import contextlib
+import gzip
+import io
 import os
 import re
 import shutil
@@ -20,6 +22,9 @@ _SERVED = ("metadata", "targets")
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)\Z")
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,254}\Z")
 _IDLE_SECONDS = 30.0
+_ACCEPTED = re.compile(r"\s*(x-)?gzip\s*(;\s*q\s*=\s*(0\.\d*[1-9]\d*|1(\.0*)?)\s*)?\Z", re.IGNORECASE)
+_PACKED_BYTES = 16 * 2**20
+"""Of packed metadata that is kept; what is over goes, the oldest first."""
 
 
 class RepositoryServer(ThreadingHTTPServer):
@@ -40,6 +45,8 @@ class RepositoryServer(ThreadingHTTPServer):
     def __init__(self, folder: Path, host: str = "127.0.0.1", port: int = 0, *, quiet: bool = True) -> None:
         self.folder = folder
         self.quiet = quiet
+        self._packed: dict[str, bytes] = {}
+        self._lock = threading.Lock()
         self.requests: list[tuple[str, int, int]] = []
         try:
             super().__init__((host, port), _Handler)
@@ -54,6 +61,23 @@ class RepositoryServer(ThreadingHTTPServer):
     def url(self) -> str:
         """Where devices find it: metadata in `<url>/metadata/`, targets in `<url>/targets/`."""
         return f"http://{self.server_address[0]!s}:{self.server_port}"
+
+    def packed(self, tag: str, stream: BinaryIO) -> bytes:
+        """The content of a stream in gzip; the same bytes each time, and made once.
+
+        Args:
+            tag: differs for each content.
+            stream: at its beginning.
+        """
+        with self._lock:
+            found = self._packed.get(tag)
+        if found is None:
+            found = gzip.compress(stream.read(), 9, mtime=0)
+            with self._lock:
+                self._packed[tag] = found
+                while sum(map(len, self._packed.values())) > _PACKED_BYTES and len(self._packed) > 1:
+                    self._packed.pop(next(iter(self._packed)))
+        return found
 
 
 @contextlib.contextmanager
@@ -98,8 +122,15 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, name: str, stream: BinaryIO, body: bool) -> None:
         status = os.fstat(stream.fileno())
         size, tag = status.st_size, f'"{status.st_mtime_ns:x}-{status.st_ino:x}-{status.st_size:x}"'
+        extra = {"Vary": "Accept-Encoding"} if self._shrinks() else {}
+        if extra and self._unpacks() and "Range" not in self.headers:
+            data = self.server.packed(tag, stream)
+            if len(data) < size:
+                # Another entity than the file as it is, so that nobody continues one with the other.
+                stream, size, tag = io.BytesIO(data), len(data), f'{tag[:-1]}-gzip"'
+                extra["Content-Encoding"] = "gzip"
         if self.headers.get("If-None-Match") in (tag, "*"):
-            self._head(HTTPStatus.NOT_MODIFIED, name, tag, None)
+            self._head(HTTPStatus.NOT_MODIFIED, name, tag, None, extra)
             return
         span = self._span(size, tag)
         if span is None:
@@ -107,7 +138,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         first, last = span
         partial = (first, last) != (0, size)
-        extra = {"Content-Range": f"bytes {first}-{last - 1}/{size}"} if partial else {}
+        if partial:
+            extra["Content-Range"] = f"bytes {first}-{last - 1}/{size}"
         code = HTTPStatus.PARTIAL_CONTENT if partial else HTTPStatus.OK
         self._head(code, name, tag, last - first, extra)
         if body:
@@ -125,6 +157,14 @@ class _Handler(BaseHTTPRequestHandler):
             return (max(0, size - int(last)), size) if int(last) else None
         end = min(int(last) + 1, size) if last else size
         return (int(first), end) if int(first) < size and int(first) < end else None
+
+    def _shrinks(self) -> bool:
+        """Whether it is signed metadata; engines and packs are fetched in ranges, and do not shrink."""
+        path = urlsplit(self.path).path
+        return path.startswith("/metadata/") and path.endswith(".json")
+
+    def _unpacks(self) -> bool:
+        return any(_ACCEPTED.match(part) for part in self.headers.get("Accept-Encoding", "").split(","))
 
     def _place(self) -> Path | None:
         parts = unquote(urlsplit(self.path).path).split("/")[1:]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import datetime
+import gzip
 import hashlib
 import importlib.util
 import ipaddress
+import json
 import random
 import socket
 import ssl
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -444,3 +447,128 @@ def test_a_wait_ends_when_it_is_told_to(bad: ModuleType, server: Any) -> None:
     with pytest.raises(FetchStatusError):
         Fetcher(FetchLimits(first_wait_s=30.0), stop=stop).read(f"{server.url}/file", 100)
     assert time.monotonic() - begin < 5.0
+
+
+# Metadata in gzip
+
+TEXT = json.dumps({"signatures": [random.Random(number).randbytes(64).hex() for number in range(400)]}).encode()
+PACKED = gzip.compress(TEXT, 9, mtime=0)
+
+
+def encoded(body: bytes, encoding: str = "gzip", *, length: int | None = None) -> Any:
+    """An answer whose body is encoded, for who asks for it; as it is for everybody else."""
+
+    def answer(handler: Any, content: bytes) -> bool | None:
+        if "gzip" not in (handler.headers["Accept-Encoding"] or ""):
+            return True
+        headers = {"Content-Encoding": encoding, "Content-Length": str(len(body) if length is None else length)}
+        handler.send_status(200, {**headers, "ETag": '"packed"'}, body)
+        return None
+
+    return answer
+
+
+def text(fetcher: Fetcher, server: Any, most: int = 10**6) -> bytes:
+    server.files["/text"] = TEXT
+    return fetcher.read(f"{server.url}/text", most, packed=True)
+
+
+def test_gzip_is_unpacked_and_counted_as_it_came(fetcher: Fetcher, server: Any) -> None:
+    server.fault = encoded(PACKED)
+    assert text(fetcher, server) == TEXT
+    assert fetcher.received == len(PACKED) < 0.7 * len(TEXT)
+    assert text(fetcher, server, len(TEXT)) == TEXT
+
+
+def test_a_server_that_ignores_what_it_is_asked_for_is_understood(fetcher: Fetcher, server: Any) -> None:
+    assert text(fetcher, server) == TEXT
+    assert fetcher.received == len(TEXT)
+
+
+def test_files_that_are_continued_are_never_asked_for_in_gzip(fetcher: Fetcher, server: Any, tmp_path: Path) -> None:
+    server.fault = encoded(gzip.compress(CONTENT))
+    assert saved(fetcher, server, tmp_path) == CONTENT
+    assert fetcher.read(f"{server.url}/file", len(CONTENT), sha256=SHA) == CONTENT
+    assert fetcher.received == 2 * len(CONTENT)
+
+
+def test_gzip_of_several_members_is_one_file(fetcher: Fetcher, server: Any) -> None:
+    parts = [gzip.compress(TEXT[start : start + 20_000]) for start in range(0, len(TEXT), 20_000)]
+    server.fault = encoded(b"".join([parts[0], gzip.compress(b""), *parts[1:]]))
+    assert text(fetcher, server) == TEXT
+
+
+def test_a_bomb_ends_at_the_most_that_the_file_may_have(fetcher: Fetcher, server: Any) -> None:
+    bomb = gzip.compress(bytes(200 * 2**20), 9)
+    server.fault = encoded(bomb)
+    tracemalloc.start()
+    try:
+        with pytest.raises(FetchContentError, match="at most 300000 bytes"):
+            text(fetcher, server, 300_000)
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_gzip_that_goes_on_without_content_ends(fetcher: Fetcher, server: Any) -> None:
+    server.fault = encoded(gzip.compress(b"") * 1000)
+    with pytest.raises(FetchContentError):
+        text(fetcher, server, 1000)
+    assert fetcher.received < 100_000
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        PACKED[:-1],
+        PACKED[: len(PACKED) // 2],
+        PACKED[:5],
+        b"",
+        TEXT,
+        PACKED + b"more",
+        PACKED[:-8] + bytes(8),
+        PACKED[:1000] + bytes([PACKED[1000] ^ 1]) + PACKED[1001:],
+        gzip.compress(PACKED)[:-3],
+    ],
+)
+def test_broken_gzip_is_an_error_and_the_next_poll_does_without(fetcher: Fetcher, server: Any, body: bytes) -> None:
+    server.fault = encoded(body)
+    with pytest.raises(FetchContentError, match="gzip"):
+        text(fetcher, server)
+    assert len(server.log) == 1
+    assert text(fetcher, server) == TEXT
+
+
+@pytest.mark.parametrize("encoding", ["br", "deflate", "gzip, gzip", "compress"])
+def test_another_encoding_than_was_asked_for_is_refused(fetcher: Fetcher, server: Any, encoding: str) -> None:
+    server.fault = encoded(PACKED, encoding)
+    with pytest.raises(FetchContentError, match="encoded as"):
+        text(fetcher, server)
+
+
+def test_gzip_that_nobody_asked_for_is_refused(bad: ModuleType, fetcher: Fetcher, server: Any, tmp_path: Path) -> None:
+    server.fault = bad.status(200, Content_Encoding="gzip")
+    with pytest.raises(FetchContentError, match="encoded as gzip"):
+        saved(fetcher, server, tmp_path)
+    with pytest.raises(FetchContentError, match="encoded as gzip"):
+        fetcher.read(f"{server.url}/file", len(CONTENT), sha256=SHA)
+
+
+def test_gzip_that_is_cut_is_begun_anew_as_it_is(bad: ModuleType, fetcher: Fetcher, server: Any) -> None:
+    def cuts(handler: Any, content: bytes) -> bool | None:
+        if encoded(PACKED[: len(PACKED) // 2], length=len(PACKED))(handler, content):
+            return True
+        time.sleep(0.01)
+        handler.cut()
+        return None
+
+    server.fault = cuts
+    assert text(fetcher, server) == TEXT
+    assert server.log == [("/text", None), ("/text", None)]
+
+
+def test_a_length_in_gzip_that_the_file_cannot_have_is_refused_at_once(fetcher: Fetcher, server: Any) -> None:
+    server.fault = encoded(PACKED, length=10**6)
+    with pytest.raises(FetchContentError, match="1000000"):
+        text(fetcher, server, 10_000)
+    assert fetcher.received == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import http.client
 from pathlib import Path
 from typing import Any
@@ -94,3 +95,45 @@ def test_nothing_else_is_served(server: Any, path: str) -> None:
 def test_a_port_that_is_taken_is_a_clear_error(server: Any, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="listen"):
         RepositoryServer(tmp_path, port=server.server_port)
+
+
+@pytest.mark.parametrize("asked", ["gzip", "br, GZIP;q=0.5", "deflate,x-gzip"])
+def test_metadata_comes_in_gzip_for_who_asks_for_it(place: Any, server: Any, asked: str) -> None:
+    data = (place.folder / "metadata" / "1.root.json").read_bytes()
+    status, body, headers = ask(server, "/metadata/1.root.json", Accept_Encoding=asked)
+    assert (status, gzip.decompress(body), headers["Content-Encoding"]) == (200, data, "gzip")
+    assert len(body) < 0.7 * len(data)
+    assert int(headers["Content-Length"]) == len(body)
+    assert body == ask(server, "/metadata/1.root.json", Accept_Encoding=asked)[1]
+    assert body[4:8] == bytes(4)  # no time, so that two servers send the same bytes
+    assert ask(server, "/metadata/1.root.json", "HEAD", Accept_Encoding=asked)[2] | {"Date": ""} == headers | {
+        "Date": ""
+    }
+    assert ask(server, "/metadata/1.root.json", Accept_Encoding=asked, If_None_Match=headers["ETag"])[:2] == (304, b"")
+    assert server.requests[0] == ("/metadata/1.root.json", 200, len(body))
+
+
+@pytest.mark.parametrize("asked", ["", "identity", "br", "gzip;q=0", "gzip;q=0.0", "gzipped", "*"])
+def test_metadata_comes_as_it_is_for_who_does_not(place: Any, server: Any, asked: str) -> None:
+    data = (place.folder / "metadata" / "1.root.json").read_bytes()
+    status, body, headers = ask(server, "/metadata/1.root.json", Accept_Encoding=asked)
+    assert (status, body) == (200, data)
+    assert "Content-Encoding" not in headers
+    packed = ask(server, "/metadata/1.root.json", Accept_Encoding="gzip")[2]
+    assert headers["Vary"] == packed["Vary"] == "Accept-Encoding"
+    assert headers["ETag"] != packed["ETag"]
+
+
+def test_ranges_and_targets_are_never_packed(place: Any, server: Any) -> None:
+    path, data = engine_of(place)
+    status, body, headers = ask(server, path, Accept_Encoding="gzip")
+    assert (status, body, "Content-Encoding" in headers) == (200, data, False)
+    root = (place.folder / "metadata" / "1.root.json").read_bytes()
+    assert ask(server, "/metadata/1.root.json", Accept_Encoding="gzip", Range="bytes=5-")[:2] == (206, root[5:])
+
+
+def test_metadata_that_changes_is_packed_anew(place: Any, server: Any) -> None:
+    path = place.folder / "metadata" / "timestamp.json"
+    for data in (b"a" * 1000, b"b" * 1000):
+        path.write_bytes(data)
+        assert gzip.decompress(ask(server, "/metadata/timestamp.json", Accept_Encoding="gzip")[1]) == data
