@@ -147,9 +147,9 @@ def _distances(work: WorkFolder, rounds: Sequence[dict[str, Any]]) -> str:
                 )
         parts.append(_label(left - 6, base - 10, name, "end", INK))
         parts.append(_label(left - 6, base + 1, str(len(found)), "end"))
-    limit = left + (0 - low) / (high - low) * width
+    edge = left + (0 - low) / (high - low) * width
     parts.append(
-        f'<line x1="{limit:.1f}" y1="{top}" x2="{limit:.1f}" y2="{top + height}" stroke="{INK}" stroke-dasharray="4 3"/>'
+        f'<line x1="{edge:.1f}" y1="{top}" x2="{edge:.1f}" y2="{top + height}" stroke="{INK}" stroke-dasharray="4 3"/>'
     )
     for tick in ticks(low, high):
         x = left + (tick - low) / (high - low) * width
