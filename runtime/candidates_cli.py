@@ -82,6 +82,8 @@ def mark(
 def marks(folder: Path, where: str | None, keep: bool, remove: str | None, as_json: bool) -> None:
     """List what was marked here and waits, send it, or take it back. What arrived is removed here.
 
+    `edgead device update` sends it by itself where statuses go over HTTP or into a folder.
+
     Exits with 1 if something did not arrive; it stays, and is sent the next time.
 
     \b
@@ -125,12 +127,19 @@ def _mark(
 ) -> tuple[str, bool, str]:
     from edgead.runtime.bundle import open_bundle
     from edgead.runtime.device_folder import read_device
+    from edgead.runtime.device_key import read_key
     from edgead.runtime.image import read_image
     from edgead.runtime.inspector import Inspector
-    from edgead.runtime.marks import Marks, marked, read_key
+    from edgead.runtime.marks import Marks, marked
     from edgead.runtime.slots import Store
 
     device, key = read_device(folder), read_key(folder)
+    if key is None:
+        raise InputError(
+            wanted=f"the key of a device in {folder}",
+            got="none that is sound",
+            next_step="See, and make one: edgead device key FOLDER; register it with: edgead ota devices add",
+        )
     frame = read_image(image)
     drawn = None if mask is None else read_image(mask)
     active = Store(folder).active()

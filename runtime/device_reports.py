@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from edgead.runtime.status_spool import StatusSpool
 from edgead.runtime.status_targets import Sent
 
 if TYPE_CHECKING:
+    from edgead.runtime.marks_post import MarksPost
     from edgead.runtime.mqtt import MqttLink
     from edgead.runtime.update_outcome import Device, Outcome
 
@@ -52,9 +54,11 @@ class Reports:
 
     Attributes:
         reporter: writes them; None if the device cannot.
+        post: brings marked pictures where the statuses go.
     """
 
     reporter: StatusReporter | None
+    post: MarksPost
     _link: MqttLink | None
     _poker: _Poker
 
@@ -63,17 +67,22 @@ class Reports:
         if self.reporter is None:
             return None
         self.reporter.note(outcome, failures)
-        return self.reporter.send()
+        sent = self.reporter.send()
+        self.post.send()
+        return sent
 
     @contextlib.contextmanager
     def listening(self, poke: Callable[[], object]) -> Iterator[None]:
-        """Hear pokes while the block runs."""
+        """Hear pokes, and send marked pictures, while the block runs."""
         self._poker.target = poke
+        stop = threading.Event()
+        self.post.start(stop)
         try:
             if self._link is not None:
                 self._link.start()
             yield
         finally:
+            stop.set()
             if self._link is not None:
                 self._link.close()
 
@@ -87,6 +96,8 @@ def opened(folder: Path, store: StoreView, who: Device, *, every_s: float, mqtt:
         every_s: seconds between statuses with nothing new.
         mqtt: broker that says when to poll; empty for none, None for the device's own.
     """
+    from edgead.runtime.marks_post import MarksPost
+
     poker, link = _Poker(), None
     address = who.mqtt if mqtt is None else mqtt
     with _said("pokes"):
@@ -103,7 +114,7 @@ def opened(folder: Path, store: StoreView, who: Device, *, every_s: float, mqtt:
     with _said("statuses"):
         if who.statuses:
             reporter = reporter_of(folder, store, who, link=link if who.statuses == address else None, every_s=every_s)
-    return Reports(reporter, link, poker)
+    return Reports(reporter, MarksPost(folder, who.statuses), link, poker)
 
 
 def note(folder: Path, store: StoreView, who: Device) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +33,6 @@ from edgead.runtime.inspection import Inspection
 from edgead.runtime.marks_send import Outcome, sender_to
 from edgead.runtime.spec import Preprocessing, Region
 
-KEYS = ("device.key", "device.copy.key")
-"""In the folder of a device: the 64 hex digits of its private key, twice."""
 FOLDER = "candidates"
 """In the folder of a device."""
 MOST_FILES = 100
@@ -154,13 +152,20 @@ class Marks:
             )
         self._remove(found[0])
 
-    def send(self, where: str, *, keep: bool = False, timeout_s: float = 30.0) -> list[Sent]:
+    def waiting(self) -> list[str]:
+        """Digests that the files here are named after, unread."""
+        return [name.removesuffix(SUFFIX) for name in self._names()]
+
+    def send(
+        self, where: str, *, keep: bool = False, timeout_s: float = 30.0, skip: Collection[str] = ()
+    ) -> list[Sent]:
         """Bring all marks to the publisher. What arrived is removed here, everything else stays.
 
         Args:
             where: http(s)://host[:port][/path] of a collector, or a folder or file:// address such as that of a stick.
             keep: remove nothing here.
             timeout_s: how long one step may take.
+            skip: digests of those that are not to be sent now.
 
         Raises:
             InputError: `where` is neither.
@@ -169,6 +174,8 @@ class Marks:
         done: list[Sent] = []
         for data, candidate in self:
             digest = candidate.digest
+            if digest in skip:
+                continue
             if done and done[-1].outcome == "kept":
                 # Nobody answers there now; the others are not tried for as long again.
                 done.append(Sent(digest, "kept", done[-1].reason))
@@ -193,26 +200,6 @@ class Marks:
         with storage_errors(self.folder / name, "to remove a marked picture"):
             self._disk.remove(self.folder / name)
             self._disk.sync_folder(self.folder)
-
-
-def read_key(folder: Path, *, disk: Disk | None = None) -> bytes:
-    """The 32 bytes of a device's private key.
-
-    Raises:
-        InputError: the folder has none.
-        StorageError: it cannot be read.
-    """
-    disk, text = disk or RealDisk(), b""
-    for name in KEYS:
-        with storage_errors(folder / name, "to read the key of a device"), contextlib.suppress(FileNotFoundError):
-            text = disk.read(folder / name, 80).strip()
-            if len(text) == 64 and set(text) <= set(b"0123456789abcdef"):
-                return bytes.fromhex(text.decode())
-    raise InputError(
-        wanted=f"the key of a device in {folder}",
-        got="another content" if text else f"no {KEYS[0]}",
-        next_step="It is made by: edgead device init",
-    )
 
 
 def marked(
@@ -334,4 +321,4 @@ def _as_engine_sees(
     return small, shrunk, box
 
 
-__all__ = ["FOLDER", "MOST_BYTES", "MOST_FILES", "Marks", "Sent", "marked", "read_key"]
+__all__ = ["FOLDER", "MOST_BYTES", "MOST_FILES", "Marks", "Sent", "marked"]

@@ -27,6 +27,7 @@ from edgead.runtime.errors import CandidateError, InputError, StorageError
 from edgead.runtime.image import encode_jpeg, encode_png, prepare
 from edgead.runtime.inspection import Inspection, Verdict
 from edgead.runtime.marks import Marks, marked
+from edgead.runtime.marks_post import MarksPost, candidates_address
 from edgead.runtime.preprocess import Frame
 from edgead.runtime.spec import Preprocessing, Region, canonical_json
 from edgead.runtime.tensors import decode_tensors, encode_tensors
@@ -418,3 +419,52 @@ def test_marks_leave_by_http_and_stay_unless_the_collector_names_them(tmp_path: 
         assert [item.outcome for item in marks.send(address)] == ["arrived", "arrived"]
     assert [path for path, _ in taken] == ["/candidates", "/candidates"]
     assert list(marks) == []
+
+
+@pytest.mark.parametrize(
+    ("statuses", "candidates"),
+    [
+        ("http://host:8000", "http://host:8000/candidates"),
+        ("https://user:word@host/?site=1", "https://user:word@host/candidates?site=1"),
+        ("https://host/plant/statuses", "https://host/plant/candidates"),
+        ("file:///mnt/share/statuses/", "file:///mnt/share/statuses/candidates"),
+        ("mqtt://broker", ""),
+        ("", ""),
+    ],
+)
+def test_marks_go_where_statuses_go(statuses: str, candidates: str) -> None:
+    assert candidates_address(statuses) == candidates
+
+
+def test_the_post_tries_again_what_did_not_arrive_and_not_what_was_refused(tmp_path: Path) -> None:
+    marks = Marks(tmp_path)
+    digests = [marks.add(made(frame(level), now=1_790_000_000 + level))[0] for level in (100, 150)]
+    nobody = MarksPost(tmp_path, "http://127.0.0.1:9/", timeout_s=2)
+    assert [item.outcome for item in nobody.send()] == ["kept", "kept"]
+    assert "no answer" in nobody.trouble
+    with answering(403, b'{"reason":"an unknown device"}') as (address, taken):
+        post = MarksPost(tmp_path, address)
+        assert [item.outcome for item in post.send()] == ["refused", "refused"]
+        assert post.send() == []
+        marks.add(made(frame(160), now=1_790_000_200))
+        assert [item.outcome for item in post.send()] == ["refused"]
+    assert len(taken) == 3
+    assert MarksPost(tmp_path, "mqtt://broker").send() == []
+    share = tmp_path / "share"
+    post = MarksPost(tmp_path, share.as_uri())
+    assert post.send() == []
+    assert post.trouble
+    assert not share.exists()  # a medium that is not there is not made
+    share.mkdir()
+    assert [item.outcome for item in post.send()] == ["arrived"] * 3
+    assert post.trouble == ""
+    assert {f"{digest}.candidate" for digest in digests} < {path.name for path in (share / "candidates").iterdir()}
+    assert list(marks) == []
+
+
+def test_a_disk_that_fails_costs_the_post_an_attempt(tmp_path: Path) -> None:
+    Marks(tmp_path).add(made())
+    (tmp_path / "share").mkdir()
+    post = MarksPost(tmp_path, (tmp_path / "share").as_uri(), disk=Refusing("sync"))
+    assert [item.outcome for item in post.send()] == ["kept"]
+    assert len(list(Marks(tmp_path))) == 1

@@ -7,17 +7,20 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("tuf")
 
 from edgead.runtime.device_folder import init_device, read_device
 from edgead.runtime.errors import InputError, OutputExistsError
+from edgead.runtime.image import encode_png
 from edgead.runtime.slots import Store
 from edgead.runtime.update_outcome import Device
 
@@ -125,6 +128,28 @@ def test_the_loop_polls_until_it_is_ended(world: Any, server: Any, tmp_path: Pat
         process.send_signal(signal.SIGINT)
         assert process.wait(10.0) == 130
     assert [line["status"] for line in lines] == ["activated", "current"]
+
+
+def test_what_was_marked_goes_where_the_statuses_go(run: Run, world: Any, server: Any, tmp_path: Path) -> None:
+    folder, share = tmp_path / "camera", tmp_path / "share"
+    share.mkdir()
+    assert run(*init_words(folder, world, server.url), "--statuses", share).returncode == 0
+    assert run("update", folder).returncode == 0
+    frame = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+    (tmp_path / "frame.png").write_bytes(encode_png(frame))
+    done = run("mark", folder, tmp_path / "frame.png", "--normal", "--json")
+    assert done.returncode == 0, done.stderr
+    digest = json.loads(done.stdout)["id"]
+    arrived = share / "candidates" / f"{digest}.candidate"
+    command = [sys.executable, "-m", "edgead", "device", "update", str(folder), "--every", "1", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + 20.0
+        while not arrived.exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10.0) == 130
+    assert arrived.exists()
+    assert json.loads(run("marks", folder, "--json").stdout)["marks"] == []
 
 
 @pytest.mark.parametrize(
