@@ -48,6 +48,10 @@ _AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 """HTTP states that may pass by themselves."""
 
 
+class EmptyAnswerError(LanguageModelError):
+    """The end point answered, but with nothing, or with a refusal to answer."""
+
+
 class _RefusedError(Exception):
     """An HTTP error state, raised while the response is open so that its text is read within bounds."""
 
@@ -149,9 +153,10 @@ class OpenAiModel:
         if isinstance(text, list):
             text = "".join(str(part.get("text", "")) for part in text if isinstance(part, dict))
         if reason == "content_filter" or (isinstance(refusal, str) and refusal):
-            self._fail(f"a refusal: {self._shown(str(refusal or reason).encode())!r}", "Take another model or wording.")
+            said = f"a refusal: {self._shown(str(refusal or reason).encode())!r}"
+            self._fail(said, "Take another model or wording.", EmptyAnswerError)
         if not isinstance(text, str) or not text.strip():
-            self._fail("an empty answer", "Take another model, or use the templates.")
+            self._fail("an empty answer", "Take another model, or use the templates.", EmptyAnswerError)
         if reason == "length" and "\n" in text.strip():
             # The last line was cut off in the middle.
             text = text.strip().rsplit("\n", 1)[0]
@@ -225,9 +230,9 @@ class OpenAiModel:
                 break
         raise _RefusedError(response.status_code, self._shown(bytes(text)), response.headers.get("retry-after"))
 
-    def _fail(self, got: str, next_step: str) -> NoReturn:
+    def _fail(self, got: str, next_step: str, kind: type[LanguageModelError] = LanguageModelError) -> NoReturn:
         where = f"{self.model.name!r} at {self.model.base_url}"
-        raise LanguageModelError(wanted=f"an answer from {where}", got=got, next_step=next_step) from None
+        raise kind(wanted=f"an answer from {where}", got=got, next_step=next_step) from None
 
     def _shown(self, data: bytes) -> str:
         text = self._redacted(data[: self._limits.error_bytes].decode("utf-8", "replace"))
