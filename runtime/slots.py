@@ -15,7 +15,7 @@ new one, whole, and never parts of both. A copy of the state that is lost costs 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace as with_fields
 from pathlib import Path
 
@@ -306,29 +306,19 @@ class Store(StoreView):
         with self._pointer.changing() as state:
             return self._pointer.write(state, slots_state.seen(state, when)).last_seen
 
-    def freeze(self, now: float, reason: str) -> None:
-        """Remember that no update can be taken; written once, until `thaw`.
+    def remember(self, change: Callable[[State], State]) -> None:
+        """Remember whether updates can be taken; flash wears, so nothing is written or locked where nothing changes.
 
         Args:
-            now: seconds since 1970 by the device's clock.
-            reason: for people.
+            change: such as `slots_state.thawed`.
 
         Raises:
             StorageError: the file system refused.
         """
-        if not self.state().frozen:
+        before = self.state()
+        if change(before) != before:
             with self._pointer.changing() as state:
-                self._pointer.write(state, slots_state.frozen(state, now, reason))
-
-    def thaw(self) -> None:
-        """Updates can be taken again; writes nothing where they could all the time.
-
-        Raises:
-            StorageError: the file system refused.
-        """
-        if self.state().frozen:
-            with self._pointer.changing() as state:
-                self._pointer.write(state, slots_state.thawed(state))
+                self._pointer.write(state, change(state))
 
     def garbage(self) -> int:
         """Remove what neither the active, the previous nor the staged release names.

@@ -29,6 +29,8 @@ STATE_BYTES = 64 * 2**10
 """Largest copy of the state."""
 MOST_QUARANTINED = 32
 """Refused releases that are remembered by name; older ones are refused by their counter alone."""
+UNREACHED_S = 86_400.0
+"""Seconds for which polls may fail before that is an alarm: a seventh of what a timestamp lives by default."""
 _FROZEN = 160
 _LAST_YEAR = 253_402_300_799.0
 
@@ -50,6 +52,8 @@ class State(Struct, frozen=True, forbid_unknown_fields=True):
         alarm: what somebody should know, for people; empty if all is well.
         frozen: since when and why no update can be taken, for people: signed metadata has expired, or the clock is
             wrong. Not there while updates can be taken, so that such a state lies on disk as it always did.
+        failing: since when polls fail, seconds since 1970 by the device's clock; not there after a good one.
+        unreached: since when and why, for people, once that is too long.
     """
 
     schema: int = STATE_SCHEMA
@@ -65,11 +69,13 @@ class State(Struct, frozen=True, forbid_unknown_fields=True):
     quarantined: tuple[Digest, ...] = ()
     alarm: Annotated[str, Meta(max_length=1000)] = ""
     frozen: Annotated[str, Meta(max_length=_FROZEN)] | UnsetType = UNSET
+    failing: Counter | UnsetType = UNSET
+    unreached: Annotated[str, Meta(max_length=_FROZEN)] | UnsetType = UNSET
 
     @property
     def warning(self) -> str:
         """All that somebody should know, at most 1000 characters; empty if all is well."""
-        return "; ".join(text for text in (self.frozen or "", self.alarm) if text)[:1000]
+        return "; ".join(text for text in (self.frozen or "", self.unreached or "", self.alarm) if text)[:1000]
 
     @property
     def named(self) -> frozenset[str]:
@@ -278,19 +284,46 @@ def frozen(state: State, now: float, reason: str) -> State:
     """
     if state.frozen:
         return state
-    since = datetime.fromtimestamp(min(max(0.0, now), _LAST_YEAR), timezone.utc)
-    text = f"updates are frozen since {since:%Y-%m-%d %H:%M} UTC by this device's clock: {reason}"
+    text = f"updates are frozen since {_moment(now)} by this device's clock: {reason}"
     return replace(state, frozen=_text(text)[:_FROZEN])
+
+
+def failed(state: State, since: float, now: float, reason: str, *, answered: bool = False) -> State:
+    """A poll failed; an alarm once polls have for longer than `UNREACHED_S`. A state with that alarm stays as it is.
+
+    Args:
+        state: before.
+        since: when the last good poll was, or this one if nobody knows; it counts for the first that fails.
+        now: seconds since 1970 by the device's clock.
+        reason: for people.
+        answered: whether a server answered, with something that is of no use.
+    """
+    if state.unreached:
+        return state
+    begin = int(min(max(0.0, since), _LAST_YEAR)) if state.failing is UNSET else state.failing
+    # Signed metadata of that time was had at that time or later: a clock that was set meanwhile alarms nobody.
+    begin = max(begin, state.last_seen)
+    if now - begin < UNREACHED_S:
+        return state if state.failing is not UNSET else replace(state, failing=begin)
+    what = "no poll has been good" if answered else "no server has been reached"
+    text = f"{what} since {_moment(begin)} by this device's clock: {reason}"
+    return replace(state, failing=begin, unreached=_text(text)[:_FROZEN])
 
 
 def thawed(state: State) -> State:
     """Updates can be taken again; whatever else there is to know stays."""
-    return replace(state, frozen=UNSET) if state.frozen else state
+    well = state.frozen is UNSET and state.failing is UNSET and state.unreached is UNSET
+    return state if well else replace(state, frozen=UNSET, failing=UNSET, unreached=UNSET)
 
 
 def _quarantine(state: State, digest: str) -> State:
     others = tuple(old for old in state.quarantined if old != digest)
     return replace(state, quarantined=(*others, digest)[-MOST_QUARANTINED:])
+
+
+def _moment(seconds: float) -> str:
+    when = datetime.fromtimestamp(min(max(0.0, seconds), _LAST_YEAR), timezone.utc)
+    return f"{when:%Y-%m-%d %H:%M} UTC"
 
 
 def _text(reason: str) -> str:
@@ -306,6 +339,7 @@ __all__ = [
     "MOST_QUARANTINED",
     "STATE_BYTES",
     "STATE_SCHEMA",
+    "UNREACHED_S",
     "Found",
     "State",
     "activated",
@@ -313,6 +347,7 @@ __all__ = [
     "confirmed",
     "decode_state",
     "encode_state",
+    "failed",
     "frozen",
     "in_crash_loop",
     "lifted",

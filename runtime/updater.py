@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from edgead.runtime import slots_state
 from edgead.runtime.bundle import open_bundle
 from edgead.runtime.device_pins import check_pinned, keep_pin
 from edgead.runtime.disk import Disk, RealDisk
@@ -23,12 +24,14 @@ from edgead.runtime.errors import (
     EdgeadError,
     EngineError,
     EngineMismatchError,
+    FetchContentError,
+    FetchError,
+    FetchStatusError,
     InputError,
     KnowledgeError,
     ReleaseError,
     SelfTestError,
     StaleError,
-    StorageError,
     StoreDamagedError,
     UpdateError,
 )
@@ -41,6 +44,7 @@ from edgead.runtime.rollout import RECORD_BYTES, Rollout, decode_rollout
 from edgead.runtime.self_test import Shadow, engine_test, release_test, shadow_replay
 from edgead.runtime.slots import Active, Store
 from edgead.runtime.slots_files import RELEASES
+from edgead.runtime.slots_state import State
 from edgead.runtime.status_report import StatusReporter
 from edgead.runtime.trust import TrustedRepository
 from edgead.runtime.update_loop import UpdateLoop
@@ -107,6 +111,7 @@ class DeviceUpdater(UpdateLoop):
         self._rollouts: dict[str, bytes] = {}
         self._checked = float("-inf")
         self._refused: str | None = None
+        self._good: float | None = None
 
     def poll(self) -> Outcome:
         """Look once for a release, and make it active if there is one that passes.
@@ -119,10 +124,10 @@ class DeviceUpdater(UpdateLoop):
         try:
             with self._store.updating(self._lock_timeout):
                 outcome = self._poll()
-            self._remember_frozen(None)
+            self._remember(None)
         except EdgeadError as error:
             outcome = Outcome("failed", error.got[:300], error=error)
-            self._remember_frozen(error)
+            self._remember(error)
         except Exception as error:  # whatever a foreign library comes up with must not end the updates of a device
             surprise = UpdateError(
                 wanted="a poll without surprises",
@@ -131,6 +136,7 @@ class DeviceUpdater(UpdateLoop):
             )
             surprise.__cause__ = error
             outcome = Outcome("failed", surprise.got, error=surprise)
+            self._remember(surprise)
         finally:
             self._fetcher.close()
             self._refused = None
@@ -192,13 +198,23 @@ class DeviceUpdater(UpdateLoop):
         engine_test(bundle, target=self._target, threads=self._threads)
         release_test(bundle, candidate.release, candidate.packs, target=self._target, threads=self._threads)
 
-    def _remember_frozen(self, error: EdgeadError | None) -> None:
-        """An alarm in the store from the first poll that finds stale metadata or a wrong clock to the next good one."""
-        with contextlib.suppress(StorageError):  # the outcome of the poll counts; the next one says it again
+    def _remember(self, error: EdgeadError | None) -> None:
+        """An alarm in the store from stale metadata, a wrong clock or a day of failed polls to the next good one."""
+        now = self._clock()
+        if error is None:
+            self._good = now
+        since, got = now if self._good is None else self._good, "" if error is None else error.got
+        answered = not isinstance(error, FetchError) or isinstance(error, (FetchStatusError, FetchContentError))
+
+        def change(state: State) -> State:
+            if error is None:
+                return slots_state.thawed(state)
             if isinstance(error, StaleError):
-                self._store.freeze(self._clock(), error.got)
-            elif error is None:
-                self._store.thaw()
+                return slots_state.frozen(state, now, got)
+            return slots_state.failed(state, since, now, got, answered=answered)
+
+        with contextlib.suppress(EdgeadError):  # the outcome of the poll counts; the next one says it again
+            self._store.remember(change)
 
     def _poll(self) -> Outcome:
         state = self._store.state()

@@ -1,4 +1,4 @@
-"""The alarm of a device that can take no update, from stale metadata or a wrong clock to the next good poll."""
+"""The alarm of a device that can take no update, from stale metadata, a wrong clock or a cut line to a good poll."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from msgspec import UNSET
 from msgspec.structs import replace
 
 pytest.importorskip("tuf")
@@ -19,7 +20,7 @@ from edgead.runtime.device_cli import device
 from edgead.runtime.disk import RealDisk
 from edgead.runtime.errors import FetchError, StaleError
 from edgead.runtime.slots import Store
-from edgead.runtime.slots_state import State, decode_state, encode_state, frozen, thawed
+from edgead.runtime.slots_state import UNREACHED_S, State, decode_state, encode_state, failed, frozen, thawed
 from edgead.runtime.updater import DeviceUpdater
 
 DAY = 86400.0
@@ -107,7 +108,9 @@ def described(camera: Any) -> Path:
     return Path(camera.folder)
 
 
-def test_a_line_that_is_down_neither_sets_nor_clears_it(worlds: ModuleType, world: Any, camera: Any) -> None:
+def test_a_line_that_is_down_for_less_than_a_day_neither_sets_nor_clears_it(
+    worlds: ModuleType, world: Any, camera: Any
+) -> None:
     gone = worlds.camera(camera.folder, "http://127.0.0.1:1", world.root)
     gone.refused(FetchError)
     assert camera.store.state().warning == ""
@@ -115,6 +118,50 @@ def test_a_line_that_is_down_neither_sets_nor_clears_it(worlds: ModuleType, worl
     warning = camera.store.state().warning
     gone.refused(FetchError)
     assert camera.store.state().warning == warning
+
+
+def test_a_line_that_is_down_for_a_day_alarms_until_the_next_good_poll_and_seldom_writes(
+    worlds: ModuleType, world: Any, camera: Any
+) -> None:
+    assert camera.poll().status == "current"
+    start = time.time()
+    disk = Counted()
+    store = Store(camera.folder, disk=disk)
+    gone = worlds.camera(camera.folder, "http://127.0.0.1:1", world.root)
+    Counted.writes = 0
+
+    def polled(after: float) -> None:
+        # A new process each time, as with a timer that runs `edgead device update --once`.
+        late = DeviceUpdater(store, gone.device, limits=gone.limits, clock=lambda: start + after, disk=disk)
+        assert isinstance(late.poll().error, FetchError)
+
+    for after in (0.0, 3600.0, UNREACHED_S - 2.0):
+        polled(after)
+    assert (store.state().warning, Counted.writes) == ("", 1)
+    for after in (UNREACHED_S + 2.0, 3 * UNREACHED_S):
+        polled(after)
+    since = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(start))
+    assert store.state().warning.startswith(f"no server has been reached since {since} by this device's clock: ")
+    assert Counted.writes == 2
+    assert camera.poll().status == "current"
+    assert (store.state().warning, store.state().failing) == ("", UNSET)
+
+
+def test_polls_that_fail_alarm_after_a_day_and_no_clock_that_was_set_does() -> None:
+    well = State(sequence=3, last_seen=1_800_000_000)
+    now = 1_800_000_600.0
+    first = failed(well, now, now, "refused")
+    assert (first.failing, first.warning) == (1_800_000_600, "")
+    assert failed(first, now + 9, now + UNREACHED_S - 1, "refused") is first
+    late = failed(first, now, now + UNREACHED_S, "refused")
+    assert late.warning == "no server has been reached since 2027-01-15 08:10 UTC by this device's clock: refused"
+    assert failed(late, now, now + 9 * UNREACHED_S, "another") is late
+    assert thawed(late) == thawed(first) == well
+    other = failed(first, now, now + UNREACHED_S, "the answer 404", answered=True)
+    assert other.warning.startswith("no poll has been good since ")
+    # It began to fail in 1970; then somebody set the clock.
+    assert failed(failed(well, 5.0, 5.0, "x"), now, now, "x").warning == ""
+    assert failed(frozen(well, now, "expired"), 0.0, now + UNREACHED_S, "x").warning.count(" since ") == 2
 
 
 def test_an_alarm_about_a_release_stays_over_a_freeze_and_its_end(world: Any, camera: Any) -> None:
