@@ -33,14 +33,17 @@ TRAINED_METHODS = {
     "ssd": "ssd",
 }
 """Methods that train a small network, or statistics, on good parts and anomalies -> their module, as above."""
+_STATISTICS = ("padim", "ssd")
+"""Those that take no steps and learn nothing from anomalies."""
+_LEARNS_STEPWISE = tuple(name for name in TRAINED_METHODS if name not in _STATISTICS)
 METHODS = (MEMORY_BANK, *TRAINED_METHODS, *LANGUAGE_METHODS)
 OPTIONS_OF: dict[str, tuple[str, ...]] = {
     "backbone_weights": (MEMORY_BANK, *TRAINED_METHODS),
     "rows": (MEMORY_BANK,),
     "neighbours": (MEMORY_BANK,),
-    "anomalous": (MEMORY_BANK, *TRAINED_METHODS, "anomalous-few-shot"),
+    "anomalous": (MEMORY_BANK, *_LEARNS_STEPWISE, "anomalous-few-shot"),
     "layers": (MEMORY_BANK, *TRAINED_METHODS, *TRAINS_PROJECTIONS),
-    "steps": tuple(TRAINED_METHODS),
+    "steps": _LEARNS_STEPWISE,
     "projections": TRAINS_PROJECTIONS,
     "auxiliary": TRAINS_PROJECTIONS,
     "score": ("april-gan",),

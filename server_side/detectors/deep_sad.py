@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from edgead.detector_file import weights_digest
 from edgead.runtime.spec import KnowledgePort, Port, Preprocessing
 from edgead.server_side.backbones import Backbone, load_backbone
 from edgead.server_side.detectors.trained import Anomalies, Samples, TrainedOptions, load_data
@@ -193,13 +194,22 @@ class SphereTask:
         self.module.centre.copy_(first_centre(embedded(network, normals)))
         self._optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
         self.optimizers = [self._optimizer]
-        self.identity = {"method": METHOD, "seed": seed, "eta": eta, "batch": batch, "steps": steps, **(identity or {})}
+        self.identity = {
+            "method": METHOD,
+            "seed": seed,
+            "eta": eta,
+            "batch": batch,
+            "learning_rate": learning_rate,
+            "steps": steps,
+            **(identity or {}),
+        }
 
     def step(self, number: int) -> dict[str, float]:
         """One step of Adam on a batch of normals and anomalies."""
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate * (0.1 if number >= 0.75 * self._steps else 1.0)
-        places = batch_of(len(self._maps), min(self._batch, len(self._maps)), self._seed, number)
+        # The network's normalisation needs more than one frame where a map is a single cell.
+        places = batch_of(len(self._maps), max(2, min(self._batch, len(self._maps))), self._seed, number)
         embedding = self.module.network(self._maps[places])
         loss = sphere_loss(embedding, self._anomalous[places], self.module.centre, eta=self._eta)
         self._optimizer.zero_grad(set_to_none=True)
@@ -310,7 +320,8 @@ def learn(
     Args:
         normal: photographs of good parts.
         options: see `TrainedOptions`.
-        anomalous: pictures of anomalies, real or generated; masks are not used, as the method has no map.
+        anomalous: pictures of anomalies, real or generated. The method has no map: masks only choose, of a tiled
+            picture, the tiles that show the anomaly.
         eta: weight of the anomalies.
         checkpoint: where the training is kept between interruptions.
 
@@ -333,7 +344,7 @@ def learn(
         learning_rate=options.learning_rate or LEARNING_RATE,
         patience=options.patience,
         seed=options.seed,
-        identity={"backbone": options.backbone, "data": data.digest},
+        identity={"backbone": weights_digest(backbone).hex(), "patience": options.patience, "data": data.digest},
         checkpoint=checkpoint,
     )
     modules = deep_sad_modules(backbone, network, options.preprocessing)

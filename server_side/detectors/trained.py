@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgead.runtime.errors import InputError
 from edgead.runtime.image import Frame
 from edgead.runtime.preprocess import prepare
 from edgead.runtime.progress import Progress
 from edgead.runtime.spec import Preprocessing
+from edgead.server_side.learned import split_normals
 from edgead.server_side.photographs import defect_mask, enough, read_photograph
 
 Samples = Sequence[tuple[Path, Path | None]]
@@ -144,12 +146,13 @@ def load_data(normal: Sequence[Path], options: TrainedOptions, anomalous: Sample
             return np.concatenate(found)
 
         train, stopping = frames(order[held:]), frames(stop)
-        anomalies = _anomalies(anomalous, options.preprocessing, progress)
+        anomalies, pictures = _anomalies(anomalous, options.preprocessing, progress)
+    shown = np.unique(pictures)
     apart = np.zeros(len(anomalies), bool)
-    if len(anomalies) > 1:
-        apart[rng.permutation(len(anomalies))[: max(1, round(options.held_out * len(anomalies)))]] = True
+    if len(shown) > 1:
+        apart = np.isin(pictures, rng.permutation(shown)[: max(1, round(options.held_out * len(shown)))])
     digest = hashlib.sha256()
-    for array in (train, stopping, anomalies.frames, anomalies.masks):
+    for array in (train, stopping, anomalies.frames, anomalies.masks, anomalies.known, apart):
         digest.update(np.ascontiguousarray(array).tobytes())
     return Data(
         train,
@@ -162,12 +165,16 @@ def load_data(normal: Sequence[Path], options: TrainedOptions, anomalous: Sample
     )
 
 
-def _anomalies(samples: Samples, preprocessing: Preprocessing, progress: Progress) -> Anomalies:
+def _anomalies(
+    samples: Samples, preprocessing: Preprocessing, progress: Progress
+) -> tuple[Anomalies, NDArray[np.intp]]:
+    """The pictures' tiles, and int [M] of which picture each is."""
     height, width = preprocessing.height, preprocessing.width
     frames: list[Frame] = [np.zeros((0, height, width, 3), np.uint8)]
     masks: list[NDArray[np.bool_]] = [np.zeros((0, height, width), np.bool_)]
     known = [np.zeros(0, bool)]
-    for path, mask_path in samples:
+    pictures = [np.zeros(0, np.intp)]
+    for place, (path, mask_path) in enumerate(samples):
         picture = read_photograph(path)
         tiles = prepare(picture, preprocessing)
         covered: NDArray[np.bool_] = np.zeros(tiles.shape[:3], np.bool_)
@@ -179,8 +186,35 @@ def _anomalies(samples: Samples, preprocessing: Preprocessing, progress: Progres
         frames.append(tiles)
         masks.append(covered)
         known.append(np.full(len(tiles), mask_path is not None))
+        pictures.append(np.full(len(tiles), place, np.intp))
         progress.advance()
-    return Anomalies(np.concatenate(frames), np.concatenate(masks), np.concatenate(known))
+    found = Anomalies(np.concatenate(frames), np.concatenate(masks), np.concatenate(known))
+    return found, np.concatenate(pictures)
 
 
-__all__ = ["Anomalies", "Data", "Samples", "TrainedOptions", "load_data"]
+def split_held_out(normal: Sequence[Path], options: TrainedOptions) -> tuple[list[Path], list[Path]]:
+    """(photographs to take statistics of, those to calibrate on), for methods that nothing is trained in.
+
+    Raises:
+        InputError: fewer than 2 normals.
+    """
+    enough(normal)
+    held = min(max(1, round(options.held_out * len(normal))), len(normal) - 1)
+    return split_normals(normal, len(normal) - held, options.seed)
+
+
+def refuse_anomalies(method: str, anomalous: Samples) -> None:
+    """Refuse pictures of anomalies that a method would do nothing with.
+
+    Raises:
+        InputError: there are some.
+    """
+    if anomalous:
+        raise InputError(
+            wanted=f"good parts alone for {method}",
+            got=f"{len(anomalous)} pictures of anomalies",
+            next_step="Leave --anomalous out, or name a method that learns from them, such as deep-sad.",
+        )
+
+
+__all__ = ["Anomalies", "Data", "Samples", "TrainedOptions", "load_data", "refuse_anomalies", "split_held_out"]

@@ -188,7 +188,7 @@ def _load(work: WorkFolder, number: int, fold: int, backbone: Backbone) -> _Fold
         network = SphereNetwork(sum(backbone.channels))
         network.load_state_dict(tensors)
         limit = float(facts["limit"])
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise DetectorError(
             wanted=f"the evaluator of round {number} at {path}",
             got=str(error)[:200],
