@@ -6,8 +6,8 @@ covariance has 0.01 I added (equation 1). The score of a position is its Mahalan
 that of all positions, upsampled and smoothed, and the frame's score is the map's maximum.
 
 The channels are in the trunk. The statistics are knowledge: `gaussian.mean` and `gaussian.factor`, W of
-`edgead.server_side.detectors.gaussian`, in float16, in which a pack is half as large: 8 MiB for 32 x 32 positions and 64
-channels. The head counts in float32.
+`edgead.server_side.detectors.gaussian`, in float16, in which a pack is half as large: 8 MiB for 32 x 32 positions and
+64 channels. The head counts in float32.
 
 Parts have to lie in every frame alike. The tiles of a frame share one set of statistics.
 """
