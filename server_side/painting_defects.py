@@ -237,7 +237,7 @@ def _hole(scene: Field, canvas: Canvas) -> tuple[Field, Field]:
 
 def _missing_part(scene: Field, canvas: Canvas) -> tuple[Field, Field]:
     """A piece that broke off: what lies around the part shows through, under a broken edge that throws a shadow."""
-    inside = _fragment(canvas)
+    inside = fragment(canvas)
     body = np.clip(inside / canvas.unit + 0.5, 0.0, 1.0)
     tone = _local_tone(scene, body)
     colour = canvas.surroundings
@@ -260,7 +260,7 @@ def _missing_part(scene: Field, canvas: Canvas) -> tuple[Field, Field]:
     return _blend(scene, body, np.asarray(ground, np.float32), canvas.contrast), body
 
 
-def _fragment(canvas: Canvas) -> Field:
+def fragment(canvas: Canvas) -> Field:
     """Signed distance [H, W] in pixels, positive inside, of a broken-off piece `extent` across: straight, jagged sides.
 
     A break runs along few straight lines with small steps, where an etched hole is round.
