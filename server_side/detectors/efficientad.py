@@ -1,0 +1,476 @@
+"""EfficientAD small as a trunk and a head (Batzner et al., WACV 2024, arXiv 2303.14535).
+
+A student imitates a frozen teacher, and an autoencoder of it, on normals only. The trunk gives the two maps of squared
+differences, teacher against student (local) and autoencoder against student (global); the head brings each to a common
+scale by two quantiles of validation maps, averages them and takes the maximum as the score. The quantiles are
+knowledge: `map.quantiles` [2, 2], a row (q_a, q_b) for each map.
+
+Ours, where the paper trains 70,000 steps on a GPU with ImageNet at hand:
+
+- the teacher is distilled here, see `efficientad_teacher`;
+- the student looks at crops: a PDN has no padding, so a crop's cells are the frame's own. One forward pass of a crop
+  serves L_hard and L_STAE, so L_hard too sees the small changes of brightness, contrast and saturation that the paper
+  makes for the autoencoder alone;
+- the penalty on pictures that are no normals takes painted generic pictures, own ones, or none, in place of ImageNet;
+- generated anomalies with masks (KKA) are such pictures at the cells that the mask reaches, every second step; those
+  without a mask teach nothing, since most of them looks like a normal;
+- far fewer steps at a higher learning rate, with the weights of the best validation kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from edgead.runtime.errors import InputError
+from edgead.runtime.spec import KnowledgePort, Port, Preprocessing
+from edgead.server_side.backbones import load_backbone
+from edgead.server_side.detectors import efficientad_teacher as teaching
+from edgead.server_side.detectors.efficientad_networks import (
+    BORDER,
+    CELL,
+    CHANNELS,
+    FIELD,
+    MEAN,
+    STD,
+    Autoencoder,
+    PatchDescription,
+    cells,
+    difference_maps,
+    hard_feature_loss,
+    penalty_loss,
+    reconstruction_loss,
+)
+from edgead.server_side.detectors.efficientad_teacher import crop_place, normalised, of_crop
+from edgead.server_side.detectors.memory_bank import smoothing_matrix
+from edgead.server_side.detectors.trained import Anomalies, Samples, TrainedOptions, load_data
+from edgead.server_side.detectors.training import Schedule, batch_of, generator, train
+from edgead.server_side.learned import Learned, Modules, base_card, calibrated, golden_frames
+
+METHOD = "efficientad"
+PAPER = (
+    "Batzner et al., EfficientAD: Accurate Visual Anomaly Detection at Millisecond-Level Latencies, WACV 2024, "
+    "arXiv 2303.14535"
+)
+STEPS = 400
+"""Of the student; the paper's 70,000 are for GPUs, and `TrainedOptions.steps` asks for as many."""
+LEARNING_RATE = 5e-4
+"""The paper's is 1e-4 for its 70,000 steps; it falls to a tenth for the last twentieth, as there."""
+WEIGHT_DECAY = 1e-5
+QUANTILES = (0.9, 0.995)
+SCALE = 0.1
+"""What q_b is brought to; q_a is brought to 0."""
+BY_HAND = 0.3
+_PENALTY_CROP = 64
+_VALIDATED = 4
+_REACH = 16
+"""Side in pixels of the middle of a cell's field where a mask makes the cell anomalous."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EfficientAdExtras:
+    """What EfficientAD has beyond `TrainedOptions`.
+
+    Attributes:
+        penalty: generic pictures for teacher and penalty; painted ones if None, no penalty if empty.
+        teacher_steps: of the teacher's distillation.
+    """
+
+    penalty: tuple[Path, ...] | None = None
+    teacher_steps: int = teaching.STEPS
+
+
+class EfficientAdNetworks(nn.Module):
+    """Teacher, student and autoencoder, as they are trained and kept.
+
+    Args:
+        size: height and width of the engine's frame in pixels.
+        seed: of the weights.
+    """
+
+    unexplained: Tensor
+
+    def __init__(self, size: tuple[int, int], seed: int = 0) -> None:
+        super().__init__()
+        self.teacher = PatchDescription(CHANNELS, seed).requires_grad_(False)
+        self.student = PatchDescription(2 * CHANNELS, seed + 1)
+        self.autoencoder = Autoencoder(size, CHANNELS, seed + 2)
+        # Kept with the teacher, so that a continued run writes the same card.
+        self.register_buffer("unexplained", torch.zeros(()))
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Args: pixels: float32 [B, 3, H, W], normalised. Returns: local and global map, each float32 [B, h, w]."""
+        return difference_maps(self.teacher(pixels), self.student(pixels), self.autoencoder(pixels))
+
+
+class EfficientAdTrunk(nn.Module):
+    """Frame -> the two maps of differences."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, networks: EfficientAdNetworks) -> None:
+        super().__init__()
+        self.networks = networks
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+        self.register_buffer("scale", 1.0 / (255.0 * std))
+        self.register_buffer("shift", -mean / std)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Args: image: uint8 RGB [B, H, W, 3]. Returns: local and global map, each float32 [B, h, w]."""
+        found: tuple[Tensor, Tensor] = self.networks(
+            image.to(torch.float32).permute(0, 3, 1, 2) * self.scale + self.shift
+        )
+        return found
+
+
+def upsampling(pixels: int) -> NDArray[np.float32]:
+    """Bilinear upsampling of a PDN's cells to a frame's side, float32 [pixels, cells(pixels)].
+
+    Beyond the outermost cells, which see the frame's rim, their values are repeated; the paper puts zeros there.
+    """
+    whole = smoothing_matrix(pixels // CELL, pixels, 0.0)
+    found = whole[:, BORDER:-BORDER].copy()
+    found[:, 0] += whole[:, :BORDER].sum(1)
+    found[:, -1] += whole[:, -BORDER:].sum(1)
+    return found
+
+
+class EfficientAdHead(nn.Module):
+    """Maps of differences and their quantiles -> score and map.
+
+    Args:
+        size: height and width of the engine's frame in pixels.
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.up_rows: Tensor
+        self.up_columns: Tensor
+        self.register_buffer("up_rows", torch.from_numpy(upsampling(size[0])))
+        self.register_buffer("up_columns", torch.from_numpy(upsampling(size[1]).T.copy()))
+
+    def forward(self, local: Tensor, whole: Tensor, quantiles: Tensor) -> tuple[Tensor, Tensor]:
+        """Args: local, whole: float32 [B, h, w]; quantiles: float32 [2, 2]. Returns: score [B], map [B, H, W]."""
+        # Upsampling keeps constants, so both maps can be joined on the small grid.
+        joined = 0.5 * (normalised_map(local, quantiles[0]) + normalised_map(whole, quantiles[1]))
+        anomaly_map = self.up_rows @ joined @ self.up_columns
+        return anomaly_map.flatten(1).amax(1), anomaly_map
+
+
+def normalised_map(values: Tensor, quantiles: Tensor) -> Tensor:
+    """A map brought to the common scale: q_a to 0, q_b to 0.1 (Algorithm 1).
+
+    Args:
+        values: of any shape.
+        quantiles: (q_a, q_b), [2].
+    """
+    return (values - quantiles[0]) * (SCALE / (quantiles[1] - quantiles[0]))
+
+
+def map_quantiles(
+    maps: Sequence[tuple[NDArray[np.float32], NDArray[np.float32]]], size: tuple[int, int]
+) -> NDArray[np.float32]:
+    """(q_a, q_b) of local and global maps of validation normals, after upsampling.
+
+    Args:
+        maps: local and global map of each frame, [h, w].
+        size: height and width of the engine's frame in pixels.
+
+    Returns:
+        float32 [2, 2], q_b above q_a in each row.
+    """
+    rows, columns = upsampling(size[0]), upsampling(size[1])
+    found = np.empty((2, 2), np.float64)
+    for kind in range(2):
+        values = np.stack([rows @ pair[kind] @ columns.T for pair in maps])
+        found[kind] = np.quantile(values.astype(np.float64), QUANTILES)
+    # Maps without any spread would divide by 0.
+    found[:, 1] = np.maximum(found[:, 1], found[:, 0] * 1.001 + 1e-6)
+    return found.astype(np.float32)
+
+
+def changed(pixels: Tensor, drawn: torch.Generator) -> Tensor:
+    """Brightness, contrast or saturation times a factor of 0.8 to 1.2, one of them, as for the paper's autoencoder.
+
+    Args:
+        pixels: float32 [1, 3, H, W], normalised.
+        drawn: decides; it is advanced by two numbers.
+    """
+    kind = int(torch.randint(3, (1,), generator=drawn))
+    factor = 0.8 + 0.4 * float(torch.rand(1, generator=drawn))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+    colours = pixels * std + mean
+    grey = (colours * torch.tensor((0.299, 0.587, 0.114)).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    from_value = (torch.zeros(()), grey.mean(), grey)[kind]
+    return ((from_value + factor * (colours - from_value)).clamp(0.0, 1.0) - mean) / std
+
+
+def reached(masks: NDArray[np.bool_]) -> Tensor:
+    """Cells in the middle of whose field a mask lies: bool [M, h, w] from bool [M, H, W]."""
+    inset = (FIELD - _REACH) // 2
+    covered = torch.from_numpy(masks[:, inset:, inset:].astype(np.float32))
+    pooled = F.max_pool2d(covered[:, None], _REACH, CELL)[:, 0] > 0
+    return pooled[:, : cells(masks.shape[1]), : cells(masks.shape[2])]
+
+
+class EfficientAdTask:
+    """Trains student and autoencoder; see `training.Task`.
+
+    Args:
+        networks: with their teacher.
+        frames: uint8 [N, H, W, 3] of normals.
+        generic: uint8 [G, H, W, 3] for the penalty, possibly none.
+        anomalies: to penalise where their masks are, possibly none.
+        stop: uint8 [V, H, W, 3] of held-out normals.
+        steps: of the whole training.
+        learning_rate: of Adam.
+        seed: of frames, crops, changes and dropout.
+        identity: what a checkpoint must agree in.
+    """
+
+    def __init__(
+        self,
+        networks: EfficientAdNetworks,
+        frames: NDArray[np.uint8],
+        generic: NDArray[np.uint8],
+        anomalies: Anomalies,
+        stop: NDArray[np.uint8],
+        *,
+        steps: int = STEPS,
+        learning_rate: float = LEARNING_RATE,
+        seed: int = 0,
+        identity: dict[str, Any] | None = None,
+    ) -> None:
+        self.module = networks
+        self._frames, self._generic = frames, generic
+        marked = np.flatnonzero(anomalies.known & anomalies.masks.any((1, 2)))
+        self._anomalies = anomalies.part(marked)
+        self._cells = reached(self._anomalies.masks)
+        self._held = [stop[place] for place in range(0, len(stop), max(1, len(stop) // _VALIDATED))][:_VALIDATED]
+        self._steps, self._rate, self._seed = steps, learning_rate, seed
+        learned = [*networks.student.parameters(), *networks.autoencoder.parameters()]
+        self._optimizer = torch.optim.Adam(learned, lr=learning_rate, weight_decay=WEIGHT_DECAY)
+        self.optimizers = [self._optimizer]
+        self.identity = {"method": METHOD, "seed": seed, "steps": steps, "rate": learning_rate, **(identity or {})}
+
+    def step(self, number: int) -> dict[str, float]:
+        """L_hard, the penalty, L_AE and L_STAE on one normal."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._rate * (0.1 if number >= 0.95 * self._steps else 1.0)
+        drawn = generator(self._seed, number)
+        frame = self._frames[batch_of(len(self._frames), 1, self._seed, number).numpy()]
+        pixels = changed(normalised(frame), drawn)
+        place = crop_place(frame.shape[1:3], drawn)
+        top, left, height, width = place
+        crop = pixels[..., top : top + height, left : left + width]
+        with torch.no_grad():
+            taught = self.module.teacher(crop)
+        said = self.module.student(crop)
+        rebuilt = of_crop(self.module.autoencoder(pixels, drawn), place)
+        losses = {
+            "hard": hard_feature_loss(taught, said[:, :CHANNELS]),
+            "penalty": self._penalty(number, drawn),
+            "autoencoder": reconstruction_loss(taught, rebuilt),
+            "student": reconstruction_loss(rebuilt, said[:, CHANNELS:]),
+        }
+        self._optimizer.zero_grad(set_to_none=True)
+        torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        return {name: float(loss.detach()) for name, loss in losses.items()}
+
+    def _penalty(self, number: int, drawn: torch.Generator) -> Tensor:
+        own = len(self._anomalies) > 0 and (number % 2 == 1 or not len(self._generic))
+        if not own and not len(self._generic):
+            return torch.zeros(())
+        frames = self._anomalies.frames if own else self._generic
+        which = batch_of(len(frames), 1, self._seed + 1, number).numpy()
+        where = None
+        if own:
+            mask = self._cells[int(which[0])]
+            place = self._around(mask, frames.shape[1:3], drawn)
+            where = of_crop(mask[None], place)
+        else:
+            place = crop_place(frames.shape[1:3], drawn, _PENALTY_CROP)
+        top, left, height, width = place
+        crop = frames[which][:, top : top + height, left : left + width]
+        return penalty_loss(self.module.student(normalised(crop))[:, :CHANNELS], where)
+
+    @staticmethod
+    def _around(mask: Tensor, frame: tuple[int, ...], drawn: torch.Generator) -> tuple[int, int, int, int]:
+        """A crop with one anomalous cell, chosen at random, as near to its middle as the frame allows."""
+        chosen = torch.nonzero(mask)
+        row, column = chosen[int(torch.randint(len(chosen), (1,), generator=drawn))].tolist()
+        height, width = (min(teaching.CROP, side) for side in frame)
+        top = min(max(row - cells(height) // 2, 0), (frame[0] - height) // CELL) * CELL
+        left = min(max(column - cells(width) // 2, 0), (frame[1] - width) // CELL) * CELL
+        return top, left, height, width
+
+    def validate(self) -> float:
+        """L_AE, L_STAE and the mean difference of student and teacher over held-out normals."""
+        found = []
+        for frame in self._held:
+            pixels = normalised(frame[None])
+            taught, said = self.module.teacher(pixels), self.module.student(pixels)
+            rebuilt = self.module.autoencoder(pixels)
+            local, whole = difference_maps(taught, said, rebuilt)
+            found.append(local.mean() + whole.mean() + reconstruction_loss(taught, rebuilt))
+        return float(torch.stack(found).mean())
+
+
+def efficientad_modules(networks: EfficientAdNetworks, preprocessing: Preprocessing) -> Modules:
+    """Trunk and head with their ports."""
+    size = (preprocessing.height, preprocessing.width)
+    grid = ("B", cells(size[0]), cells(size[1]))
+    return Modules(
+        EfficientAdTrunk(networks.requires_grad_(False)).eval(),
+        EfficientAdHead(size),
+        method=METHOD,
+        preprocessing=preprocessing,
+        features=(Port("local", "float32", grid), Port("whole", "float32", grid)),
+        knowledge=(KnowledgePort("map.quantiles", "float32", (2, 2)),),
+        outputs=(Port("score", "float32", ("B",)), Port("anomaly_map", "float32", ("B", *size))),
+    )
+
+
+def learn(
+    normal: Sequence[Path],
+    options: TrainedOptions,
+    anomalous: Samples = (),
+    *,
+    extras: EfficientAdExtras | None = None,
+    checkpoint: Path | None = None,
+) -> Learned:
+    """An EfficientAD-small detector from photographs of good parts and, if there are some, of anomalies.
+
+    Args:
+        normal: photographs of good parts.
+        options: see `TrainedOptions`; `batch` is not used, a step sees one normal as in the paper.
+        anomalous: pictures of anomalies with masks, real or generated; those without a mask are not used.
+        extras: see `EfficientAdExtras`.
+        checkpoint: where the training is kept between interruptions; the teacher's is beside it until the end.
+
+    Raises:
+        InputError: fewer than 2 normals, or a frame's size that the networks cannot take.
+        ImageError: a file is no picture.
+        BackboneError: an unknown backbone.
+    """
+    extras = extras or EfficientAdExtras()
+    size = (options.preprocessing.height, options.preprocessing.width)
+    _check_size(size)
+    data = load_data(normal, options, anomalous)
+    if extras.penalty is None:
+        generic = teaching.generic_frames(options.preprocessing, options.seed)
+    else:
+        generic = teaching.picture_frames(extras.penalty, options.preprocessing)
+    identity = {
+        "backbone": options.backbone,
+        "data": data.digest,
+        "generic": int(generic.sum(dtype=np.int64)),
+        "teacher_steps": extras.teacher_steps,
+    }
+    networks = EfficientAdNetworks(size, options.seed)
+    kept = None if checkpoint is None else checkpoint.with_name(f"{checkpoint.name}.teacher")
+    if checkpoint is None or not checkpoint.is_file():
+        # A checkpoint of the student holds its teacher.
+        backbone = load_backbone(options.backbone, weights=options.backbone_weights, layers=options.layers).eval()
+        teacher, history = teaching.distil_teacher(
+            backbone,
+            data.train,
+            generic,
+            data.stop,
+            steps=extras.teacher_steps,
+            seed=options.seed,
+            identity=identity,
+            checkpoint=kept,
+        )
+        networks.teacher.load_state_dict(teacher.state_dict())
+        networks.unexplained.fill_(history.best)
+    steps = options.steps or STEPS
+    task = EfficientAdTask(
+        networks,
+        data.train,
+        generic,
+        data.anomalies,
+        data.stop,
+        steps=steps,
+        learning_rate=options.learning_rate or LEARNING_RATE,
+        seed=options.seed,
+        identity=identity,
+    )
+    schedule = Schedule(steps, validate_every=max(1, steps // 5), patience=options.patience)
+    history = train(task, schedule, label="EfficientAD", checkpoint=checkpoint)
+    if kept is not None:
+        kept.unlink(missing_ok=True)
+    modules = efficientad_modules(networks, options.preprocessing)
+    maps = []
+    for frame in data.stop:
+        found = modules.embed_prepared(frame[None])
+        maps.append((found["local"][0], found["whole"][0]))
+    pack, scores = calibrated(
+        modules,
+        options.product,
+        {"map.quantiles": map_quantiles(maps, size)},
+        data.calibration,
+        false_alarm_rate=options.false_alarm_rate,
+        by_hand=BY_HAND,
+    )
+    card = base_card(
+        method=METHOD,
+        paper=PAPER,
+        calibration=pack.calibration,
+        images=normal,
+        seed=options.seed,
+        backbone=options.backbone,
+        teacher={
+            "distilled_from": options.backbone,
+            "steps": extras.teacher_steps,
+            "unexplained": round(float(networks.unexplained), 6),
+        },
+        penalty={
+            "pictures": len(generic),
+            "kind": "painted" if extras.penalty is None else ("own pictures" if extras.penalty else "left out"),
+        },
+        training=history.facts(),
+        paper_steps=70_000,
+        data=data.facts(),
+        score_is_map_maximum=True,
+        held_out_scores=[{"image": name, "score": value} for name, value in scores],
+    )
+    golden = golden_frames(normal, options.preprocessing, options.seed)
+    return Learned(modules.trunk, modules.head, modules.spec, pack, golden, card)
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    if min(size) < 64 or any(side % 32 for side in size):
+        raise InputError(
+            wanted="a frame of at least 64 x 64 pixels for EfficientAD, its sides divisible by 32",
+            got=f"{size[1]} x {size[0]}",
+            next_step="Use 256 x 256, the paper's.",
+        )
+
+
+__all__: Sequence[str] = (
+    "METHOD",
+    "PAPER",
+    "EfficientAdExtras",
+    "EfficientAdHead",
+    "EfficientAdNetworks",
+    "EfficientAdTask",
+    "EfficientAdTrunk",
+    "changed",
+    "efficientad_modules",
+    "learn",
+    "map_quantiles",
+    "normalised_map",
+    "reached",
+    "upsampling",
+)

@@ -1,0 +1,255 @@
+"""A teacher for EfficientAD without a download: a patch description network distilled from a backbone.
+
+The paper distils its teacher from a WideResNet-101 on ImageNet in 60,000 steps of 16 pictures. Ours learns within a
+minute or two from the photographs of the part themselves and from generic pictures: it need not describe the world,
+only be a fixed description that a student can learn on normals and does not know elsewhere. As in the paper the
+backbone sees the picture at twice the size, so that its stride of 8 is the PDN's of 4, and its features are
+standardised by channel. Ours too: the backbone's features of the picture at its own size are appended, which with the
+embedded backbone makes the paper's 384 channels; other numbers are averaged to it, as the paper does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgead.runtime.preprocess import prepare
+from edgead.runtime.spec import Preprocessing
+from edgead.server_side.backbones import Backbone
+from edgead.server_side.detectors.efficientad_networks import (
+    BORDER,
+    CELL,
+    CHANNELS,
+    MEAN,
+    STD,
+    PatchDescription,
+    cells,
+)
+from edgead.server_side.detectors.training import History, Schedule, batch_of, generator, train
+from edgead.server_side.painting_parts import MATERIALS, paint_part, smooth_noise
+from edgead.server_side.photographs import read_photograph
+
+GENERIC = 48
+"""Generic pictures that are painted."""
+STEPS = 400
+LEARNING_RATE = 1e-3
+CROP = 128
+"""Side of the crop of a frame that a step looks at, in pixels: most of its cost is then in cells that count."""
+_VALIDATED = 4
+_STD_FLOOR = 1e-3
+
+
+def normalised(frames: NDArray[np.uint8]) -> Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W], standardised as the networks want it."""
+    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 255.0
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+    return (pixels - mean) / std
+
+
+def generic_frames(preprocessing: Preprocessing, seed: int = 0, count: int = GENERIC) -> NDArray[np.uint8]:
+    """Painted pictures of anything: coloured noise of every grain, and parts of the painter's, crops of all scales.
+
+    Returns:
+        uint8 [count, H, W, 3].
+    """
+    rng = np.random.default_rng([seed, 7])
+    size = (preprocessing.height, preprocessing.width)
+    found = np.zeros((count, *size, 3), np.uint8)
+    for place in range(count):
+        if place % 3 == 0:
+            part = paint_part(sorted(MATERIALS)[place // 3 % len(MATERIALS)], rng=rng, new_pattern=True).image
+            side = int(part.shape[0] * rng.uniform(0.3, 1.0))
+            top, left = (int(rng.integers(0, part.shape[0] - side + 1)) for _ in range(2))
+            picture = cv2.resize(part[top : top + side, left : left + side], size[::-1], interpolation=cv2.INTER_AREA)
+            picture = picture[..., rng.permutation(3)]
+        else:
+            grains = np.exp(rng.uniform(np.log(2.0), np.log(min(size) / 2), (3, 2)))
+            layers = [smooth_noise(rng, size, (float(high), float(wide))) for high, wide in grains]
+            shades = np.stack([layer / max(float(np.abs(layer).max()), 1e-6) for layer in layers], -1)
+            coloured = 128.0 + 127.0 * shades @ rng.uniform(-0.6, 0.6, (3, 3)) + rng.uniform(-60, 60, 3)
+            picture = np.clip(coloured, 0, 255).astype(np.uint8)
+        found[place] = picture
+    return found
+
+
+def picture_frames(paths: Sequence[Path], preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """Own generic pictures as frames of the engine's size; rotation, region and tiles of the part do not apply.
+
+    Raises:
+        ImageError: a file that is no picture.
+        StorageError: a file that cannot be read.
+    """
+    plain = Preprocessing(preprocessing.width, preprocessing.height)
+    found = [prepare(read_photograph(path), plain) for path in paths]
+    empty = np.zeros((0, preprocessing.height, preprocessing.width, 3), np.uint8)
+    return np.concatenate([empty, *found])
+
+
+def described(backbone: Backbone, frames: NDArray[np.uint8], channels: int = CHANNELS) -> Tensor:
+    """What the teacher is to say of frames.
+
+    Args:
+        backbone: frozen.
+        frames: uint8 [B, H, W, 3], sides divisible by 32.
+        channels: of the description.
+
+    Returns:
+        float32 [B, channels, H / 4, W / 4].
+    """
+    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 255.0
+    grid = (pixels.shape[-2] // CELL, pixels.shape[-1] // CELL)
+    maps = []
+    with torch.inference_mode():
+        twice = F.interpolate(pixels, scale_factor=2.0, mode="bilinear", align_corners=False)
+        for found in (*backbone(twice), *backbone(pixels)):
+            same = found.shape[-2:] == grid
+            maps.append(found if same else F.interpolate(found, size=grid, mode="bilinear", align_corners=False))
+        joined = torch.cat(maps, 1)
+        if joined.shape[1] != channels:
+            flat = joined.flatten(2).transpose(1, 2)
+            joined = F.adaptive_avg_pool1d(flat, channels).transpose(1, 2).unflatten(2, grid)
+    return joined.clone()
+
+
+def crop_place(frame: tuple[int, int], drawn: torch.Generator, side: int = CROP) -> tuple[int, int, int, int]:
+    """Top, left, height and width in pixels of a random crop on the PDN's cells, at most `side` on a side."""
+    height, width = (min(side, extent) for extent in frame)
+    top = int(torch.randint((frame[0] - height) // CELL + 1, (1,), generator=drawn)) * CELL
+    left = int(torch.randint((frame[1] - width) // CELL + 1, (1,), generator=drawn)) * CELL
+    return top, left, height, width
+
+
+def of_crop(maps: Tensor, place: tuple[int, int, int, int], border: int = 0) -> Tensor:
+    """The cells of maps [..., h, w] that a crop gives; `border` is 4 for maps of the whole H / 4 x W / 4 grid."""
+    top, left = place[0] // CELL + border, place[1] // CELL + border
+    return maps[..., top : top + cells(place[2]), left : left + cells(place[3])]
+
+
+class TeacherTask:
+    """Distils a backbone into a PDN; see `training.Task`.
+
+    Args:
+        backbone: frozen.
+        frames: uint8 [N, H, W, 3] of normals.
+        generic: uint8 [G, H, W, 3], possibly none; every second step learns from one of them.
+        stop: uint8 [V, H, W, 3] of normals that nothing is learned from.
+        steps: of the whole training; the learning rate falls to 0 over them.
+        seed: of weights, frames and crops.
+        identity: what a checkpoint must agree in.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        frames: NDArray[np.uint8],
+        generic: NDArray[np.uint8],
+        stop: NDArray[np.uint8],
+        *,
+        steps: int = STEPS,
+        learning_rate: float = LEARNING_RATE,
+        seed: int = 0,
+        identity: dict[str, Any] | None = None,
+    ) -> None:
+        self._backbone, self._frames, self._generic = backbone, frames, generic
+        self._steps, self._rate, self._seed = steps, learning_rate, seed
+        self.module = PatchDescription(seed=seed)
+        self._optimizer = torch.optim.Adam(self.module.parameters(), lr=learning_rate)
+        self.optimizers = [self._optimizer]
+        self.identity = {"distilled": True, "steps": steps, "seed": seed, **(identity or {})}
+        some = np.concatenate([frames[:: max(1, len(frames) // 8)][:8], generic[:4]])
+        seen = torch.stack([_moments(described(backbone, frame[None])) for frame in some])
+        self._mean = seen[:, 0].mean(0)
+        self._std = (seen[:, 1].mean(0) - self._mean.square()).clamp_min(_STD_FLOOR**2).sqrt()
+        self._held = [stop[place] for place in range(0, len(stop), max(1, len(stop) // _VALIDATED))][:_VALIDATED]
+
+    def step(self, number: int) -> dict[str, float]:
+        """One step of Adam on a crop of one frame."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._rate * (1.0 - number / self._steps)
+        own = number % 2 == 0 or not len(self._generic)
+        frames = self._frames if own else self._generic
+        frame = frames[batch_of(len(frames), 1, self._seed, number // 2).numpy()]
+        loss = self._loss(frame, crop_place(frame.shape[1:3], generator(self._seed, number)))
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        return {"unexplained": float(loss.detach())}
+
+    def validate(self) -> float:
+        """The share of the backbone's variance that is not explained on held-out normals."""
+        found = [self._loss(frame[None], (0, 0, *frame.shape[:2])) for frame in self._held]
+        return float(torch.stack(found).mean())
+
+    def _loss(self, frame: NDArray[np.uint8], place: tuple[int, int, int, int]) -> Tensor:
+        wanted = of_crop(described(self._backbone, frame), place, BORDER)
+        wanted = (wanted - self._mean[:, None, None]) / self._std[:, None, None]
+        top, left, height, width = place
+        got = self.module(normalised(frame[:, top : top + height, left : left + width]))
+        return F.mse_loss(got, wanted)
+
+
+def _moments(maps: Tensor) -> Tensor:
+    """Mean and mean square by channel, [2, C]."""
+    return torch.stack([maps.mean((0, 2, 3)), maps.square().mean((0, 2, 3))])
+
+
+def distil_teacher(
+    backbone: Backbone,
+    frames: NDArray[np.uint8],
+    generic: NDArray[np.uint8],
+    stop: NDArray[np.uint8],
+    *,
+    steps: int = STEPS,
+    seed: int = 0,
+    identity: dict[str, Any] | None = None,
+    checkpoint: Path | None = None,
+) -> tuple[PatchDescription, History]:
+    """Distil a teacher and standardise its description over the normals.
+
+    Args:
+        backbone: frozen.
+        frames, generic, stop: see `TeacherTask`.
+        steps: of Adam.
+        seed: makes it repeatable.
+        identity: what a checkpoint must agree in.
+        checkpoint: where the distillation is kept between interruptions.
+
+    Returns:
+        the frozen teacher, each channel of mean 0 and deviation 1 over `frames`, and how its training went.
+
+    Raises:
+        DetectorError: a checkpoint of another distillation.
+        FailureError: the loss is no number any more.
+    """
+    task = TeacherTask(backbone, frames, generic, stop, steps=steps, seed=seed, identity=identity)
+    schedule = Schedule(steps, validate_every=max(1, steps // 4), patience=0)
+    history = train(task, schedule, label="distilling the teacher", checkpoint=checkpoint)
+    teacher = task.module.requires_grad_(False)
+    with torch.inference_mode():
+        some = frames[:: max(1, len(frames) // 64)]
+        seen = torch.stack([_moments(teacher(normalised(frame[None]))) for frame in some]).mean(0)
+    std = (seen[1] - seen[0].square()).clamp_min(_STD_FLOOR**2).sqrt()
+    teacher.normalise(seen[0].clone(), std.clone())
+    return teacher, history
+
+
+__all__ = [
+    "GENERIC",
+    "STEPS",
+    "TeacherTask",
+    "crop_place",
+    "described",
+    "distil_teacher",
+    "generic_frames",
+    "normalised",
+    "of_crop",
+    "picture_frames",
+]
