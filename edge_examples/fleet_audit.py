@@ -1,6 +1,6 @@
 """The books of the week of `fleet_update.py`: every frame is judged again, with the knowledge that its line names."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +15,15 @@ from edgead.runtime.tables import table
 
 @dataclass(frozen=True)
 class Row:
-    """What became of a camera. `verdicts` has those of each picture under one release after the other."""
+    """What became of a camera: `told` is what it said of each release, `verdicts` those of each picture under them."""
 
     device: str
     release: str
     frames: int
     lost: int
     mixed: int
-    rejected: int
+    refused: int
+    told: dict[int, str]
     verdicts: dict[str, list[str]]
 
 
@@ -38,7 +39,13 @@ def settled(camera: Path, pack: Pack) -> bool:
     return Store(camera).state().confirmed and [line.knowledge for line in lines(camera)].count(pack.version) > 12
 
 
-def audit(cameras: Sequence[Path], bundle: Path, photos: Path, packs: Sequence[Pack]) -> list[Row]:
+def audit(
+    cameras: Sequence[Path],
+    bundle: Path,
+    photos: Path,
+    packs: Sequence[Pack],
+    books: Mapping[str, dict[int, str]],
+) -> list[Row]:
     """Lost is a frame without an answer; mixed one whose score or threshold is not that of the knowledge it names."""
     truth, rows = {}, []
     for pack in packs:
@@ -55,16 +62,16 @@ def audit(cameras: Sequence[Path], bundle: Path, photos: Path, packs: Sequence[P
                 answered.add(number)
                 mixed += not np.allclose((line.score, line.threshold), truth[line.knowledge, name], rtol=1e-4)
         frames, store = int(number) + 1, Store(camera)
-        release, rejected = store.active().release.name, len(store.state().quarantined)
+        release, refused = store.active().release.name, len(store.state().quarantined)
         said = {name: [*map("/".join, found.values())] for name, found in sorted(verdicts.items())}
-        rows.append(Row(camera.name, release, frames, frames - len(answered), mixed, rejected, said))
+        rows.append(Row(camera.name, release, frames, frames - len(answered), mixed, refused, books[camera.name], said))
     return rows
 
 
 def show(rows: list[Row]) -> list[Row]:
-    cells = [["device", "release", "frames", "lost", "mixed", "rejected", *rows[0].verdicts]]
+    cells = [["device", "release", "frames", "lost", "mixed", "refused", *rows[0].verdicts]]
     for row in rows:
-        figures = (row.release, row.frames, row.lost, row.mixed, row.rejected)
+        figures = (row.release, row.frames, row.lost, row.mixed, row.refused)
         cells.append([row.device, *map(str, figures), *(">".join(said) for said in row.verdicts.values())])
     print(table(cells))
     return rows

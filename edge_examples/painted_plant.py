@@ -26,9 +26,10 @@ os.environ.setdefault(KEYS[3], "a long passphrase")
 def edgead(commands: str) -> None:
     """Run commands as a shell would, one a line."""
     for command in commands.strip().splitlines():
-        print(f"$ edgead {command.strip()}", flush=True)
-        keys = KEYS if command.strip().startswith("ota") else []
-        cli.main([*command.split(), *keys], "edgead", standalone_mode=False)
+        words = command.split()
+        print("$ edgead", *words, flush=True)
+        keys = KEYS if words[0] == "ota" and words[1] not in ("devices", "status") else []
+        cli.main([*words, *keys], "edgead", standalone_mode=False)
 
 
 def paint(folder: Path, name: str, count: int, rng: np.random.Generator, *, code: bool = False) -> None:
