@@ -166,7 +166,8 @@ class StatusReporter:
         if failures is not None:
             reason = plain_text(outcome.reason)
             self._poll = Poll(outcome.status, reason, max(0, int(self._clock())), failures)
-        if outcome.error is not None:
+        # A release that was refused is told among the attempts; it is no trouble of this device.
+        if outcome.error is not None and outcome.status != "rejected":
             self.fault(type(outcome.error).__name__, str(outcome.error))
 
     def _encoded(self, state: State, number: int, dropped: int) -> bytes:

@@ -297,7 +297,7 @@ class DeviceUpdater(UpdateLoop):
             raise  # this machine lacks a plan, which `edgead compile` makes
         except (SelfTestError, EngineError, BundleError, KnowledgeError, ReleaseError) as error:
             # An engine that refuses, or a bundle or pack that breaks on use, failed here as much as a wrong score.
-            self._store.reject(f"{error.wanted}: {error.got}")
+            self._store.reject(f"wanted {error.wanted}, got {error.got}")
             return Outcome("rejected", error.got[:300], error=error)
         active = self._store.activate()
         if self._inspector is None:

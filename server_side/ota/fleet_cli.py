@@ -120,7 +120,7 @@ def status(
             from edgead.server_side.ota.fleet_page import page_of
 
             write_file(html, page_of(fleet).encode())
-            lines.append(f"\n{html}")
+            lines.append(f"page: {html}")
     finish(as_json, content, "\n\n".join(lines))
 
 

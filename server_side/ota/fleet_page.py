@@ -160,7 +160,9 @@ def _releases(product: Product) -> str:
         rest = group.devices - sum(number for _, number, _ in known)
         pieces = [*known, (f"r{_CHIPS - 1}", rest, "others")]
         signs = ", ".join(
-            f"{number:,} {word}" for number, word in ((group.silent, "silent"), (group.alarms, "alarms")) if number
+            f"{number:,} {word}"
+            for number, word in ((group.silent, "silent"), (group.alarms, "with an alarm"))
+            if number
         )
         rows.append(_row(group.name, pieces, group.devices, f"{group.devices:,}", signs, "" if rows else "total"))
     return f'<div class="panel"><h3>Releases by group</h3>{_legend(legend)}{"".join(rows)}</div>'

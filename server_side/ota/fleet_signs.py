@@ -131,13 +131,17 @@ def signs_of(
         signs.append(Sign("clock", f"clock {span(ahead)} ahead"))
     elif -ahead > LATE_SECONDS:
         signs.append(Sign("clock", f"clock {span(-ahead)} behind, or the status came that late"))
-    if status.error is not None:
+    # Errors are counted since a process began, and one may run for years.
+    if status.error is not None and status.time - status.error.time < LATE_SECONDS:
         signs.append(Sign("error", f"{status.error.kind}: {status.error.message}"))
     if status.poll is not None and status.poll.failures >= FAILED_POLLS:
         signs.append(Sign("polls", f"{status.poll.failures} polls failed in a row: {status.poll.reason}"))
-    if record is not None and record.previous is not None and (status.release or 0) < record.previous:
+    # One that refused the release before has to wait for another one.
+    refused = {one.release for one in status.attempts if one.outcome in ("rolled back", "rejected")}
+    before = None if record is None or record.previous in refused else record.previous
+    if before is not None and (status.release or 0) < before:
         has = "no release" if status.release is None else f"release {status.release}"
-        signs.append(Sign("old", f"has {has}, and {record.previous} is out for all"))
+        signs.append(Sign("old", f"has {has}, and {before} is out for all"))
     if status.dropped:
         signs.append(Sign("dropped", f"{status.dropped} statuses dropped before they could be sent"))
     return tuple(signs)
