@@ -226,11 +226,11 @@ class ReContrastTask:
     def validate(self) -> float:
         """The same losses over what is held out, without mining."""
         total = 0.0
-        for part in torch.split(torch.arange(len(self._stop)), _BATCH_EMBEDDED):
+        for part in _parts(len(self._stop)):
             losses = self._losses(*self._stop.some(part), self._stop_anomalies, part[:0], None)
             total += float(losses["distance"]) * len(part) / len(self._stop)
         held = self._stop_anomalies
-        for part in torch.split(torch.arange(len(held)), _BATCH_EMBEDDED):
+        for part in _parts(len(held)):
             losses = self._losses(*held.prepared.some(part), held, part, None)
             total += float(losses["anomalies"]) * len(part) / len(held)
         return total
@@ -268,6 +268,11 @@ class ReContrastTask:
             ]
             losses["anomalies"] = torch.stack(pushed).sum() / 2
         return losses
+
+
+def _parts(count: int) -> list[Tensor]:
+    """Indices of `count` frames in batches."""
+    return [torch.arange(at, min(at + _BATCH_EMBEDDED, count)) for at in range(0, count, _BATCH_EMBEDDED)]
 
 
 class _Labelled:
