@@ -131,11 +131,7 @@ def load_data(normal: Sequence[Path], options: TrainedOptions, anomalous: Sample
     """
     enough(normal)
     rng = np.random.default_rng(options.seed)
-    order = rng.permutation(len(normal))
-    held = min(max(1, round(options.held_out * len(normal))), len(normal) - 1)
-    shared = held < _SEPARATE
-    calibration = order[:held] if shared else order[: (held + 1) // 2]
-    stop = order[:held] if shared else order[(held + 1) // 2 : held]
+    learned, stop, calibration = divided(len(normal), options.held_out, rng)
     with Progress("reading photographs", len(normal) + len(anomalous)) as progress:
 
         def frames(places: NDArray[np.intp]) -> NDArray[np.uint8]:
@@ -145,7 +141,7 @@ def load_data(normal: Sequence[Path], options: TrainedOptions, anomalous: Sample
                 progress.advance()
             return np.concatenate(found)
 
-        train, stopping = frames(order[held:]), frames(stop)
+        train, stopping = frames(learned), frames(stop)
         anomalies, pictures = _anomalies(anomalous, options.preprocessing, progress)
     shown = np.unique(pictures)
     apart = np.zeros(len(anomalies), bool)
@@ -160,9 +156,27 @@ def load_data(normal: Sequence[Path], options: TrainedOptions, anomalous: Sample
         tuple(normal[place] for place in sorted(calibration.tolist())),
         anomalies.part(np.flatnonzero(~apart)),
         anomalies.part(np.flatnonzero(apart)),
-        shared,
+        np.array_equal(stop, calibration),
         digest.hexdigest(),
     )
+
+
+def divided(
+    count: int, held_out: float, rng: np.random.Generator
+) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
+    """Numbers of the photographs to learn from, to stop by and to calibrate on; of few, the last two are the same.
+
+    Args:
+        count: photographs, at least 2.
+        held_out: share that is not learned from.
+        rng: decides; it is advanced.
+    """
+    order = rng.permutation(count)
+    held = min(max(1, round(held_out * count)), count - 1)
+    if held < _SEPARATE:
+        return order[held:], order[:held], order[:held]
+    half = (held + 1) // 2
+    return order[held:], order[half:held], order[:half]
 
 
 def _anomalies(
@@ -217,4 +231,13 @@ def refuse_anomalies(method: str, anomalous: Samples) -> None:
         )
 
 
-__all__ = ["Anomalies", "Data", "Samples", "TrainedOptions", "load_data", "refuse_anomalies", "split_held_out"]
+__all__ = [
+    "Anomalies",
+    "Data",
+    "Samples",
+    "TrainedOptions",
+    "divided",
+    "load_data",
+    "refuse_anomalies",
+    "split_held_out",
+]

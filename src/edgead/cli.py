@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Train what compares inner layers with sentences.",
     ),
     "kka": ("edgead.server_side.kka.cli:kka", "Written, painted and judged anomalies that get harder each round."),
+    "distil": ("edgead.server_side.distil_cli:distil", "A heavy detector's maps -> a small student."),
     "normality": ("edgead.server_side.normality_cli:normality", "Teach a bundle what is normal by a sentence."),
     "ota": ("edgead.server_side.ota.cli:ota", "Publish signed updates for a fleet of cameras."),
     "device": ("edgead.runtime.device_cli:device", "Keep a camera up to date, with a way back."),
