@@ -21,13 +21,9 @@ from edgead.server_side.backbones import load_backbone
 from edgead.server_side.detectors.efficientad import (
     EfficientAdExtras,
     EfficientAdHead,
-    EfficientAdNetworks,
-    EfficientAdTask,
-    changed,
     learn,
     map_quantiles,
     normalised_map,
-    reached,
     upsampling,
 )
 from edgead.server_side.detectors.efficientad_networks import (
@@ -40,6 +36,12 @@ from edgead.server_side.detectors.efficientad_networks import (
     reconstruction_loss,
 )
 from edgead.server_side.detectors.efficientad_teacher import described, distil_teacher, generic_frames, normalised
+from edgead.server_side.detectors.efficientad_training import (
+    EfficientAdNetworks,
+    EfficientAdTask,
+    changed,
+    reached,
+)
 from edgead.server_side.detectors.trained import Anomalies, Samples, TrainedOptions
 from edgead.server_side.detectors.training import Schedule, generator, train
 from edgead.server_side.learned import Learned, Modules

@@ -1,0 +1,199 @@
+"""How EfficientAD's student and autoencoder are trained; what of it is ours is said in `efficientad`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from edgead.server_side.detectors.efficientad_networks import (
+    CELL,
+    CHANNELS,
+    FIELD,
+    MEAN,
+    STD,
+    Autoencoder,
+    PatchDescription,
+    cells,
+    difference_maps,
+    hard_feature_loss,
+    penalty_loss,
+    reconstruction_loss,
+)
+from edgead.server_side.detectors.efficientad_teacher import CROP, crop_place, normalised, of_crop
+from edgead.server_side.detectors.trained import Anomalies
+from edgead.server_side.detectors.training import batch_of, generator
+
+STEPS = 400
+"""Of the student; the paper's 70,000 are for GPUs, and `TrainedOptions.steps` asks for as many."""
+LEARNING_RATE = 5e-4
+"""The paper's is 1e-4 for its 70,000 steps; it falls to a tenth for the last twentieth, as there."""
+WEIGHT_DECAY = 1e-5
+_PENALTY_CROP = 64
+_VALIDATED = 4
+_REACH = 16
+"""Side in pixels of the middle of a cell's field where a mask makes the cell anomalous."""
+
+
+class EfficientAdNetworks(nn.Module):
+    """Teacher, student and autoencoder, as they are trained and kept.
+
+    Args:
+        size: height and width of the engine's frame in pixels.
+        seed: of the weights.
+    """
+
+    unexplained: Tensor
+
+    def __init__(self, size: tuple[int, int], seed: int = 0) -> None:
+        super().__init__()
+        self.teacher = PatchDescription(CHANNELS, seed).requires_grad_(False)
+        self.student = PatchDescription(2 * CHANNELS, seed + 1)
+        self.autoencoder = Autoencoder(size, CHANNELS, seed + 2)
+        # Kept with the teacher, so that a continued run writes the same card.
+        self.register_buffer("unexplained", torch.zeros(()))
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Args: pixels: float32 [B, 3, H, W], normalised. Returns: local and global map, each float32 [B, h, w]."""
+        return difference_maps(self.teacher(pixels), self.student(pixels), self.autoencoder(pixels))
+
+
+def changed(pixels: Tensor, drawn: torch.Generator) -> Tensor:
+    """Brightness, contrast or saturation times a factor of 0.8 to 1.2, one of them, as for the paper's autoencoder.
+
+    Args:
+        pixels: float32 [1, 3, H, W], normalised.
+        drawn: decides; it is advanced by two numbers.
+    """
+    kind = int(torch.randint(3, (1,), generator=drawn))
+    factor = 0.8 + 0.4 * float(torch.rand(1, generator=drawn))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+    colours = pixels * std + mean
+    grey = (colours * torch.tensor((0.299, 0.587, 0.114)).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    from_value = (torch.zeros(()), grey.mean(), grey)[kind]
+    return ((from_value + factor * (colours - from_value)).clamp(0.0, 1.0) - mean) / std
+
+
+def reached(masks: NDArray[np.bool_]) -> Tensor:
+    """Cells in the middle of whose field a mask lies: bool [M, h, w] from bool [M, H, W]."""
+    inset = (FIELD - _REACH) // 2
+    covered = torch.from_numpy(masks[:, inset:, inset:].astype(np.float32))
+    pooled = F.max_pool2d(covered[:, None], _REACH, CELL)[:, 0] > 0
+    return pooled[:, : cells(masks.shape[1]), : cells(masks.shape[2])]
+
+
+class EfficientAdTask:
+    """Trains student and autoencoder; see `training.Task`.
+
+    Args:
+        networks: with their teacher.
+        frames: uint8 [N, H, W, 3] of normals.
+        generic: uint8 [G, H, W, 3] for the penalty, possibly none.
+        anomalies: to penalise where their masks are, possibly none.
+        stop: uint8 [V, H, W, 3] of held-out normals.
+        steps: of the whole training.
+        learning_rate: of Adam.
+        seed: of frames, crops, changes and dropout.
+        identity: what a checkpoint must agree in.
+    """
+
+    def __init__(
+        self,
+        networks: EfficientAdNetworks,
+        frames: NDArray[np.uint8],
+        generic: NDArray[np.uint8],
+        anomalies: Anomalies,
+        stop: NDArray[np.uint8],
+        *,
+        steps: int = STEPS,
+        learning_rate: float = LEARNING_RATE,
+        seed: int = 0,
+        identity: dict[str, Any] | None = None,
+    ) -> None:
+        self.module = networks
+        self._frames, self._generic = frames, generic
+        marked = np.flatnonzero(anomalies.known & anomalies.masks.any((1, 2)))
+        self._anomalies = anomalies.part(marked)
+        self._cells = reached(self._anomalies.masks)
+        self._held = [stop[place] for place in range(0, len(stop), max(1, len(stop) // _VALIDATED))][:_VALIDATED]
+        self._steps, self._rate, self._seed = steps, learning_rate, seed
+        learned = [*networks.student.parameters(), *networks.autoencoder.parameters()]
+        self._optimizer = torch.optim.Adam(learned, lr=learning_rate, weight_decay=WEIGHT_DECAY)
+        self.optimizers = [self._optimizer]
+        self.identity = {
+            "method": "efficientad",
+            "seed": seed,
+            "steps": steps,
+            "rate": learning_rate,
+            **(identity or {}),
+        }
+
+    def step(self, number: int) -> dict[str, float]:
+        """L_hard, the penalty, L_AE and L_STAE on one normal."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._rate * (0.1 if number >= 0.95 * self._steps else 1.0)
+        drawn = generator(self._seed, number)
+        frame = self._frames[batch_of(len(self._frames), 1, self._seed, number).numpy()]
+        pixels = changed(normalised(frame), drawn)
+        place = crop_place(frame.shape[1:3], drawn)
+        top, left, height, width = place
+        crop = pixels[..., top : top + height, left : left + width]
+        with torch.no_grad():
+            taught = self.module.teacher(crop)
+        said = self.module.student(crop)
+        rebuilt = of_crop(self.module.autoencoder(pixels, drawn), place)
+        losses = {
+            "hard": hard_feature_loss(taught, said[:, :CHANNELS]),
+            "penalty": self._penalty(number, drawn),
+            "autoencoder": reconstruction_loss(taught, rebuilt),
+            "student": reconstruction_loss(rebuilt, said[:, CHANNELS:]),
+        }
+        self._optimizer.zero_grad(set_to_none=True)
+        torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        return {name: float(loss.detach()) for name, loss in losses.items()}
+
+    def _penalty(self, number: int, drawn: torch.Generator) -> Tensor:
+        own = len(self._anomalies) > 0 and (number % 2 == 1 or not len(self._generic))
+        if not own and not len(self._generic):
+            return torch.zeros(())
+        frames = self._anomalies.frames if own else self._generic
+        which = batch_of(len(frames), 1, self._seed + 1, number).numpy()
+        where = None
+        if own:
+            mask = self._cells[int(which[0])]
+            place = self._around(mask, frames.shape[1:3], drawn)
+            where = of_crop(mask[None], place)
+        else:
+            place = crop_place(frames.shape[1:3], drawn, _PENALTY_CROP)
+        top, left, height, width = place
+        crop = frames[which][:, top : top + height, left : left + width]
+        return penalty_loss(self.module.student(normalised(crop))[:, :CHANNELS], where)
+
+    @staticmethod
+    def _around(mask: Tensor, frame: tuple[int, ...], drawn: torch.Generator) -> tuple[int, int, int, int]:
+        """A crop with one anomalous cell, chosen at random, as near to its middle as the frame allows."""
+        chosen = torch.nonzero(mask)
+        row, column = chosen[int(torch.randint(len(chosen), (1,), generator=drawn))].tolist()
+        height, width = (min(CROP, side) for side in frame)
+        top = min(max(row - cells(height) // 2, 0), (frame[0] - height) // CELL) * CELL
+        left = min(max(column - cells(width) // 2, 0), (frame[1] - width) // CELL) * CELL
+        return top, left, height, width
+
+    def validate(self) -> float:
+        """L_AE, L_STAE and the mean difference of student and teacher over held-out normals."""
+        found = []
+        for frame in self._held:
+            pixels = normalised(frame[None])
+            taught, said = self.module.teacher(pixels), self.module.student(pixels)
+            rebuilt = self.module.autoencoder(pixels)
+            local, whole = difference_maps(taught, said, rebuilt)
+            found.append(local.mean() + whole.mean() + reconstruction_loss(taught, rebuilt))
+        return float(torch.stack(found).mean())
+
+
+__all__ = ["LEARNING_RATE", "STEPS", "EfficientAdNetworks", "EfficientAdTask", "changed", "reached"]
