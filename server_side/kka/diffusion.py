@@ -42,6 +42,8 @@ class _PipelinePainter:
     """Class of `diffusers` that finds the pipeline for the task."""
     takes: tuple[str, ...] = ()
     """Arguments that the pipeline must have."""
+    uses_gpu = True
+    """A worker of a cluster gets a GPU of its own, where there are any."""
 
     def __init__(self, settings: Paint) -> None:
         self._settings = settings

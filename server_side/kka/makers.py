@@ -62,7 +62,7 @@ def opened_makers(
         return measure_round(work, number)
 
     with contextlib.ExitStack() as stack:
-        mapped: OrderedMap[Job, Painted] = map
+        mapped: OrderedMap[Job, Painted | None] = map
         if ray is not None:
             from edgead.server_side.kka.scale_out import ray_map
 

@@ -50,7 +50,7 @@ class Makers:
     painter: Callable[[], Painter]
     evaluator: Callable[[WorkFolder, int], Evaluator]
     tuner: Callable[[], Tuner]
-    mapped: OrderedMap[Job, Painted] = map
+    mapped: OrderedMap[Job, Painted | None] = map
     measure: Callable[[WorkFolder, int], object] = lambda work, number: None
     say: Callable[[str], object] = lambda line: None
 

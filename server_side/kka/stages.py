@@ -155,8 +155,10 @@ def imagine(work: WorkFolder, number: int, author: Author, painter: Painter) -> 
     return work.records(Caption, number)
 
 
-def paint(work: WorkFolder, number: int, painter: Painter, mapped: OrderedMap[Job, Painted] = map) -> list[Image]:
-    """Paint every usable caption of a round.
+def paint(
+    work: WorkFolder, number: int, painter: Painter, mapped: OrderedMap[Job, Painted | None] = map
+) -> list[Image]:
+    """Paint every usable caption of a round; one that turns out undrawable only now has no image.
 
     Args:
         work: the run.
@@ -179,6 +181,9 @@ def paint(work: WorkFolder, number: int, painter: Painter, mapped: OrderedMap[Jo
         progress.advance(len(jobs) - len(waiting))
         results = mapped(PaintJob(painter, work.normals), waiting)
         for job, painted in zip(waiting, results, strict=True):
+            if painted is None:
+                progress.advance()
+                continue
             data = encode_png(painted.image)
             file = f"{folder}/images/{job.name}.png"
             mask = f"{folder}/masks/{job.name}.png" if painted.mask is not None else ""
@@ -212,9 +217,13 @@ class PaintJob:
     normals: object
     """Folder of the photographs."""
 
-    def __call__(self, job: Job) -> Painted:
+    def __call__(self, job: Job) -> Painted | None:
+        """The painted anomaly; None where the painter finds out only while it paints that it cannot."""
         normal = None if job.normal is None else read_image(f"{self.normals}/{job.normal.file}")
-        return self.painter.paint(job.caption, normal, seed=job.seed)
+        try:
+            return self.painter.paint(job.caption, normal, seed=job.seed)
+        except UndrawableCaptionError:
+            return None
 
 
 def painting_jobs(work: WorkFolder, number: int, painter: Painter) -> list[Job]:
