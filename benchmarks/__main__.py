@@ -21,6 +21,10 @@ BENCHMARKS = {
     "language": ("language", "detectors with sentences by engine, and what lazy suppression saves"),
     "fit": ("fit", "fitting from 600 photographs: seconds by stage, peak memory"),
     "speed": ("speed_with_peer", "milliseconds beside a peer in one run (needs --peer-python)"),
+    "efficientad": (
+        "efficientad_peer",
+        "EfficientAD and SimpleNet beside a peer, in one run (needs --peer-python)",
+    ),
     "parity": ("parity_with_peer", "the same maps and scores as a peer? (needs --peer-python)"),
     "winclip-parity": ("winclip_parity", "the same WinCLIP scores and maps as a peer? (needs --peer-python)"),
     "detection": ("detection", "how well defects are found, by backbone (needs --data)"),

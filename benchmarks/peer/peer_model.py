@@ -54,6 +54,26 @@ def patchcore(weights: Path, bank: Any = None, neighbours: int = 1, post_process
     return model.eval()
 
 
+def efficientad(weights: Path, quantiles: Any) -> Any:
+    """The peer's EfficientAD small in evaluation mode, its weights from safetensors: nothing is downloaded.
+
+    Args:
+        weights: named as in the peer's model; its teacher is standardised already.
+        quantiles: (q_a, q_b) of the local and of the global map.
+    """
+    from anomalib.models import EfficientAd
+
+    model = EfficientAd(model_size="small", post_processor=False, evaluator=False, visualizer=False)
+    state = load_file(weights)
+    missing, unexpected = model.model.load_state_dict(state, strict=False)
+    if unexpected or any(not name.startswith(("mean_std", "quantiles")) for name in missing):
+        raise ValueError(f"weights that do not fit: {unexpected}, {missing}")
+    for kind, (first, second) in zip(("st", "ae"), quantiles, strict=True):
+        model.model.quantiles[f"qa_{kind}"].data.fill_(first)
+        model.model.quantiles[f"qb_{kind}"].data.fill_(second)
+    return model.eval()
+
+
 def embed(model: Patchcore, images: Any) -> torch.Tensor:
     """Patch embeddings [G, P, D] of uint8 RGB [G, H, W, 3], through the peer's own preprocessing."""
     inner = model.model

@@ -49,6 +49,19 @@ class Server:
         written = sum(file.stat().st_size for file in (xml, xml.with_suffix(".bin")))
         return {"seconds": seconds, "bytes": written, "xml": str(xml), "onnx": str(onnx)}
 
+    def export_efficientad(self, weights: str, quantiles: list[list[float]], folder: str, size: int) -> dict[str, Any]:
+        """The peer's own export of EfficientAD small, with given weights, to OpenVINO (timed) and to ONNX."""
+        from peer_model import efficientad
+
+        model = efficientad(Path(weights), quantiles)
+        options = {"input_size": (size, size), "onnx_kwargs": {"dynamic_shapes": None}}
+        start = time.perf_counter()
+        xml = model.to_openvino(Path(folder), **options)
+        seconds = time.perf_counter() - start
+        onnx = model.to_onnx(Path(folder), input_size=(size, size), dynamic_shapes=None)
+        written = sum(file.stat().st_size for file in (xml, xml.with_suffix(".bin")))
+        return {"seconds": seconds, "bytes": written, "xml": str(xml), "onnx": str(onnx)}
+
     def load(self, name: str, kind: str, path: str, threads: int) -> dict[str, Any]:
         """Open an exported model: kind `inferencer`, `openvino`, `openvino-f32` or `onnxruntime`."""
         self._runners[name] = _RUNNERS[kind](path, threads)

@@ -115,7 +115,7 @@ def described(backbone: Backbone, frames: NDArray[np.uint8], channels: int = CHA
         joined = torch.cat(maps, 1)
         if joined.shape[1] != channels:
             flat = joined.flatten(2).transpose(1, 2)
-            joined = F.adaptive_avg_pool1d(flat, channels).transpose(1, 2).unflatten(2, grid)
+            joined = F.adaptive_avg_pool1d(flat, channels).transpose(1, 2).reshape(-1, channels, *grid)
     return joined.clone()
 
 
