@@ -16,6 +16,7 @@ BENCHMARKS = {
     "update": ("update", "100 rows more for a running inspector: bytes, seconds, frames lost"),
     "rows": ("rows", "one row in a hundred of 10,000 x 384 replaced: bytes of delta, pack and provenance"),
     "update-bytes": ("update_bytes", "what a device fetches for a poll and for an update, by size of fleet"),
+    "ota": ("ota", "from add-normality to the first frame under it; a stream during updates; what updates cost"),
     "fleet": ("fleet", "10,000 devices through a roll-out with faults: bytes, rates, adoption, none ever mixed"),
     "footprint": ("footprint", "a bare environment: first score, peak memory, installed size"),
     "language": ("language", "detectors with sentences by engine, and what lazy suppression saves"),
@@ -29,7 +30,7 @@ BENCHMARKS = {
     "winclip-parity": ("winclip_parity", "the same WinCLIP scores and maps as a peer? (needs --peer-python)"),
     "detection": ("detection", "how well defects are found, by backbone (needs --data)"),
 }
-ALONE = ("bank-search", "frame", "update", "update-bytes", "rows", "fleet", "footprint", "language", "fit")
+ALONE = ("bank-search", "frame", "update", "update-bytes", "rows", "ota", "fleet", "footprint", "language", "fit")
 """Those that need neither a peer's environment nor data."""
 
 

@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     figures: dict[str, Any] = {"rows": options.rows, "dimensions": options.dimensions, "replaced": count}
     lines = [["rows as", "delta", "whole, zlib", "whole", "provenance", "make s", "apply s", "check s"]]
     for dtype in DTYPES:
-        found = figures[dtype] = _measured(options.rows, options.dimensions, count, dtype)
+        found = figures[dtype] = measured(options.rows, options.dimensions, count, dtype)
         sizes = [bytes_text(found[name]) for name in ("delta", "whole_zlib", "whole", "provenance")]
         lines.append([dtype, *sizes, *(f"{found[name]:.3f}" for name in ("make_s", "apply_s", "check_s"))])
     print(f"{count} of {options.rows} x {options.dimensions} rows replaced")
@@ -53,7 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _measured(rows: int, dimensions: int, count: int, dtype: str) -> dict[str, float]:
+def measured(rows: int, dimensions: int, count: int, dtype: str) -> dict[str, float]:
+    """Bytes and seconds for `count` of `rows` replaced."""
     rng = np.random.default_rng(0)
     values = np.abs(rng.standard_normal((rows + count, dimensions))).astype(dtype)
     fingerprint, calibration = "a" * 64, Calibration(1.0)

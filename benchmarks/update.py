@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
                 figures["engines"][engine] = _stream(inspector, frames, pack, taught, options.swaps)
         if options.peer_python is not None:
             note("the peer exports ...")
-            figures["peer"] = _peer(options.peer_python, Path(scratch), options.rows + ADDED)
+            figures["peer"] = peer_export(options.peer_python, Path(scratch), options.rows + ADDED)
     _show(figures)
     report("update", figures, options.json)
     good = all(not f["lost"] and not f["mixed"] for f in figures["engines"].values())
@@ -172,7 +172,8 @@ def _expected(inspector: Inspector, packs: tuple[Pack, Pack], frames: list[Frame
     return scores
 
 
-def _peer(python: Path, folder: Path, rows: int) -> dict[str, Any]:
+def peer_export(python: Path, folder: Path, rows: int) -> dict[str, Any]:
+    """The peer's way to other knowledge: its import, and another export of a model with so many rows."""
     np.save(folder / "bank.npy", np.random.default_rng(0).standard_normal((rows, 384), np.float32))
     with PeerProcess(python, folder / "peer") as peer:
         peer.ask("weights", path=folder / "weights.safetensors", seed=0)
