@@ -124,8 +124,8 @@ def build_trainer(task: Task, preferences: Sequence[Preference], folder: Path) -
         # Without its copy of the adapter before, trl measures against the model without any.
         trainer.accelerator.unwrap_model(trainer.model).delete_adapter("ref")
     _drop_out(trainer.model, task.settings.dropout)
-    for printer in (imported("transformers")[0].PrinterCallback,):
-        trainer.remove_callback(printer)
+    # Without its bar, the trainer would print every log.
+    trainer.remove_callback(imported("transformers")[0].PrinterCallback)
     return trainer
 
 
@@ -218,8 +218,9 @@ def _drop_out(model: Any, share: float) -> None:
 def _callback(steps: int) -> Any:
     """Shows progress, marks whole checkpoints, and ends a training whose loss is no number."""
     torch, transformers = imported("torch", "transformers")
+    base: Any = transformers.TrainerCallback
 
-    class Watch(transformers.TrainerCallback):  # type: ignore[misc]
+    class Watch(base):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             self.progress = Progress("preferences", steps - state.global_step)
 

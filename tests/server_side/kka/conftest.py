@@ -16,17 +16,32 @@ from edgead.server_side.kka.config import read_config
 from edgead.server_side.kka.work import WorkFolder
 
 
-@pytest.fixture(scope="session")
-def makers_of_tests() -> ModuleType:
-    """The module of that name beside this file."""
-    path = Path(__file__).with_name("makers_of_tests.py")
-    spec = importlib.util.spec_from_file_location("edgead_tests_kka_makers", path)
+def _module(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def makers_of_tests() -> ModuleType:
+    """The module of that name beside this file."""
+    return _module("edgead_tests_kka_makers", Path(__file__).with_name("makers_of_tests.py"))
+
+
+@pytest.fixture(scope="session")
+def models_of_tests() -> ModuleType:
+    """The module of that name beside this file: causal models."""
+    return _module("edgead_tests_kka_models", Path(__file__).with_name("models_of_tests.py"))
+
+
+@pytest.fixture(scope="session")
+def chat() -> ModuleType:
+    """The chat server of the tests of prompts."""
+    return _module("edgead_tests_kka_chat_server", Path(__file__).parents[1] / "prompts" / "chat_server.py")
 
 
 @pytest.fixture(scope="session")

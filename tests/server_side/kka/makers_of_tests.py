@@ -55,7 +55,7 @@ class SpotPainter:
     needs_normal: bool = True
 
     def check(self, caption: str) -> None:
-        if caption.split()[1] not in _RADIUS:
+        if not _RADIUS.keys() & set(caption.split()[1:2]):
             raise UndrawableCaptionError(wanted="a size", got=caption, next_step="Name one.")
 
     def paint(self, caption: str, normal: Frame | None, *, seed: int) -> Painted:
