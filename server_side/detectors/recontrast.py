@@ -51,7 +51,7 @@ from edgead.server_side.learned import Learned, Modules, base_card, calibrated, 
 METHOD = "recontrast"
 PAPER = "Guo et al., ReContrast: Domain-Specific Anomaly Detection via Contrastive Reconstruction, NeurIPS 2023"
 
-STEPS = 300
+STEPS = 200
 BATCH = 16
 """Normals in a step, at most: the authors' number."""
 LEARNING_RATE = 2e-3

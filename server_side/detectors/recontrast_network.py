@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgead.server_side.backbones import Backbone, EmbeddedBackbone
-from edgead.server_side.backbones.inverted_residuals import InvertedResidual
+from edgead.server_side.backbones.inverted_residuals import EXPANSIONS, InvertedResidual
 from edgead.server_side.detectors.training import generator
 
 WIDTH = 64
@@ -45,7 +45,7 @@ class EmbeddedTail(nn.Module):
         self.last = backbone.trunk.last
         self.projections = backbone.projections
         self._taps = [tap - _SHARED_BLOCKS for tap in backbone.trunk.taps]
-        self._kept = [stride in backbone.strides for stride in EmbeddedBackbone().strides]
+        self._kept = [EXPANSIONS[tap][0] in backbone.strides for tap in backbone.trunk.taps]
 
     def forward(self, hidden: Tensor) -> Maps:
         """Args: hidden: [B, 32, H / 8, W / 8]. Returns: as `Backbone.forward`."""

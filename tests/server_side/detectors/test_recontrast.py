@@ -205,27 +205,27 @@ def anomalies(count: int, seed: int) -> Anomalies:
 def task(kind: type[ReContrastTask] = ReContrastTask, seed: int = 0, **changes: Any) -> ReContrastTask:
     network = ReContrastNetwork(load_backbone("random"), width=8, seed=seed)
     data = (frames(6, 0), anomalies(4, 1), frames(3, 2), anomalies(2, 3))
-    return kind(network, *data, **{"steps": 12, "batch": 4, "seed": seed, **changes})
+    return kind(network, *data, **{"steps": 5, "batch": 2, "seed": seed, **changes})
 
 
 class Interrupted(ReContrastTask):
-    """Somebody presses Ctrl-C in step 7."""
+    """Somebody presses Ctrl-C in step 3."""
 
     def step(self, number: int) -> dict[str, float]:
-        if number == 7:
+        if number == 3:
             signal.raise_signal(signal.SIGINT)
         return super().step(number)
 
 
 def test_an_interrupted_training_ends_with_the_weights_of_its_seed(tmp_path: Path) -> None:
-    schedule = Schedule(12, validate_every=5)
+    schedule = Schedule(5, validate_every=2)
     whole, other = task(), task(seed=1)
     for each in (whole, other):
         train(each, schedule, label="test")
     with pytest.raises(KeyboardInterrupt):
         train(task(Interrupted), schedule, label="test", checkpoint=tmp_path / "kept")
     resumed = task()
-    assert train(resumed, schedule, label="test", checkpoint=tmp_path / "kept").steps == 12
+    assert train(resumed, schedule, label="test", checkpoint=tmp_path / "kept").steps == 5
     assert weights_digest(resumed.module) == weights_digest(whole.module) != weights_digest(other.module)
 
 
@@ -254,7 +254,7 @@ def test_a_batch_of_anomalies_that_nobody_marked_says_nothing_of_normal_cells() 
 
 
 def quick(**changes: Any) -> TrainedOptions:
-    return TrainedOptions(**{"preprocessing": Preprocessing(64, 64), "steps": 12, "batch": 8, **changes})
+    return TrainedOptions(**{"preprocessing": Preprocessing(64, 64), "steps": 6, "batch": 4, **changes})
 
 
 @pytest.mark.parametrize("sides", [(64, 64), (96, 64)])
