@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from edgead.detector_file import FittedDetector, weights_digest
 from edgead.runtime.errors import DetectorError
@@ -58,14 +59,15 @@ class Teacher:
     """One or several fitted detectors as one map in units of their thresholds.
 
     Args:
-        detectors: with maps, all of one geometry (region, tiles, rotation); sizes of frames may differ.
+        detectors: with maps, all of one geometry (region, tiles, rotation); sizes of frames may differ. Read from a
+            file, or learned and not yet written.
         names: of their files, for messages and the card.
 
     Raises:
         DetectorError: a detector without a map, with a threshold that is no unit, or of another geometry.
     """
 
-    def __init__(self, detectors: Sequence[FittedDetector], names: Sequence[str]) -> None:
+    def __init__(self, detectors: Sequence[FittedDetector | Learned], names: Sequence[str]) -> None:
         self.detectors, self.names = tuple(detectors), tuple(names)
         self.units = [_unit(detector, name) for detector, name in zip(detectors, names, strict=True)]
         first = self.detectors[0].spec.preprocessing
@@ -76,7 +78,7 @@ class Teacher:
                     got=f"another region, rotation or tiles in {name}",
                     next_step="Fit all teachers with the same --roi, --tiles and --rotate.",
                 )
-        self._graphs = [(each.trunk.module(), each.head.module()) for each in self.detectors]
+        self._graphs = [(_module(each.trunk), _module(each.head)) for each in self.detectors]
         self._knowledge = [
             [torch.from_numpy(array.copy()) for array in head_feeds(each.pack, each.spec).values()]
             for each in self.detectors
@@ -94,8 +96,7 @@ class Teacher:
         return known + sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())
 
     def _tensors(self) -> list[Tensor]:
-        programs = [program for each in self.detectors for program in (each.trunk, each.head)]
-        return [tensor for program in programs for tensor in program.state_dict.values()]
+        return [tensor for pair in self._graphs for graph in pair for tensor in graph.state_dict().values()]
 
     @property
     def digest(self) -> str:
@@ -110,14 +111,9 @@ class Teacher:
         for number, (detector, unit) in enumerate(zip(self.detectors, self.units, strict=True)):
             trunk, head = self._graphs[number]
             with torch.inference_mode():
-                features = tuple(trunk(torch.from_numpy(prepare(frame, detector.spec.preprocessing))))
-                found = dict(
-                    zip(
-                        (port.name for port in detector.spec.outputs),
-                        head(*features, *self._knowledge[number]),
-                        strict=True,
-                    )
-                )
+                features = _tuple(trunk(torch.from_numpy(prepare(frame, detector.spec.preprocessing))))
+                outputs = _tuple(head(*features, *self._knowledge[number]))
+            found = {port.name: tensor for port, tensor in zip(detector.spec.outputs, outputs, strict=True)}
             each = found["anomaly_map"] / unit
             if each.shape[1:] != (size.height, size.width):
                 each = F.interpolate(each[:, None], (size.height, size.width), mode="bilinear", antialias=True)[:, 0]
@@ -130,7 +126,15 @@ class Teacher:
         return F.adaptive_avg_pool2d(self.outputs(frame)[1][:, None], grid)[:, 0].clone()
 
 
-def _unit(detector: FittedDetector, name: str) -> float:
+def _module(graph: ExportedProgram | nn.Module) -> nn.Module:
+    return graph.module() if isinstance(graph, ExportedProgram) else graph
+
+
+def _tuple(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (found,) if isinstance(found, Tensor) else tuple(found)
+
+
+def _unit(detector: FittedDetector | Learned, name: str) -> float:
     if not detector.spec.has_map:
         raise DetectorError(
             wanted="a teacher with an anomaly map",

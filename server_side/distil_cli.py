@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +101,7 @@ def distil(
     )
     checkpoint = output.with_name(output.name + ".training")
     found = run(teacher, paths, options, samples, checkpoint=checkpoint)
-    with tempfile.TemporaryDirectory(prefix="distil-") as folder:
-        # Measured as it will be read, before what was measured goes into its card.
-        student = Teacher([found.learned.write(Path(folder) / "student.detector")], [output.name])
+    student = Teacher([found.learned], [output.name])
     lost = {"painted": report.on_painted(teacher, student, found.held_out, seed)}
     if data is not None:
         lost["data"] = report.on_data(teacher, student, data, limit)

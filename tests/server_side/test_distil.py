@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.export import ExportedProgram
 
 from edgead.cli import main
 from edgead.detector_file import FittedDetector, read_detector
@@ -28,31 +29,32 @@ from edgead.server_side.detectors.training import Schedule, train
 from edgead.server_side.distil import FLOOR, StudentDecoder, StudentTask, Teacher, distil, map_loss
 from edgead.server_side.distil_cli import _tell
 from edgead.server_side.distil_data import painted_on, split_paths, with_defects
-from edgead.server_side.learned import Modules
+from edgead.server_side.learned import Learned, Modules
 
 OPTIONS = TrainedOptions(preprocessing=Preprocessing(64, 64), steps=25, batch=8)
 
 
 @pytest.fixture(scope="module")
-def padim_detector(painted_normals: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("teachers") / "padim.detector"
+def padim_detector(painted_normals: Path) -> Learned:
     options = TrainedOptions(preprocessing=Preprocessing(96, 96))
-    padim.learn(list_images(painted_normals), options, dimensions=16).write(path)
-    return path
+    return padim.learn(list_images(painted_normals), options, dimensions=16)
 
 
 @pytest.fixture(scope="module")
-def both(small_detector: Path, padim_detector: Path) -> Teacher:
+def both(small_detector: Path, padim_detector: Learned) -> Teacher:
     """A memory bank of 64 pixels and a PaDiM of 96."""
-    return Teacher([read_detector(small_detector), read_detector(padim_detector)], ["bank", "padim"])
+    return Teacher([read_detector(small_detector), padim_detector], ["bank", "padim"])
 
 
-def by_hand(detector: FittedDetector, frame: np.ndarray[Any, np.dtype[np.uint8]]) -> tuple[float, Any]:
+def by_hand(detector: FittedDetector | Learned, frame: Any) -> tuple[float, Any]:
     """Score and map of a detector's graphs."""
+    trunk, head = (
+        graph.module() if isinstance(graph, ExportedProgram) else graph for graph in (detector.trunk, detector.head)
+    )
     with torch.inference_mode():
-        features = detector.trunk.module()(torch.from_numpy(prepare(frame, detector.spec.preprocessing)))
+        features = trunk(torch.from_numpy(prepare(frame, detector.spec.preprocessing)))
         feeds = [torch.from_numpy(array.copy()) for array in head_feeds(detector.pack, detector.spec).values()]
-        score, found, *_ = detector.head.module()(*features, *feeds)
+        score, found, *_ = head(*(features if isinstance(features, tuple) else (features,)), *feeds)
     return float(score[0]), found.numpy()
 
 
@@ -109,29 +111,25 @@ def test_parts_never_mix_and_painted_defects_differ_between_them(painted_normals
     assert len(list(with_defects(paths[:2], paths[3:4], 0))) == 5
 
 
-def test_a_teacher_without_a_map_or_of_another_region_is_refused(
-    painted_normals: Path, small_detector: Path, tmp_path: Path
-) -> None:
+def test_a_teacher_without_a_map_or_of_another_region_is_refused(painted_normals: Path, small_detector: Path) -> None:
     paths = list_images(painted_normals)
-    flat = ssd.learn(paths[:4], TrainedOptions(preprocessing=Preprocessing(64, 64))).write(tmp_path / "ssd.detector")
+    flat = ssd.learn(paths[:4], TrainedOptions(preprocessing=Preprocessing(64, 64)))
     with pytest.raises(DetectorError, match="method ssd has none"):
         Teacher([flat], ["ssd.detector"])
     spec = Preprocessing(64, 64, roi=Region(8, 8, 80, 80))
     options = TrainedOptions(preprocessing=spec)
-    other = padim.learn(paths[:4], options, dimensions=8).write(tmp_path / "roi.detector")
+    other = padim.learn(paths[:4], options, dimensions=8)
     with pytest.raises(DetectorError, match=r"roi\.detector"):
         Teacher([read_detector(small_detector), other], ["bank.detector", "roi.detector"])
 
 
-def test_a_student_learns_a_map_and_the_same_seed_gives_the_same_one(
-    both: Teacher, painted_normals: Path, tmp_path: Path
-) -> None:
+def test_a_student_learns_a_map_and_the_same_seed_gives_the_same_one(both: Teacher, painted_normals: Path) -> None:
     paths = list_images(painted_normals)
     found, again = (distil(both, paths, OPTIONS) for _ in range(2))
     assert found.learned.spec.fingerprint == again.learned.spec.fingerprint
     assert found.learned.pack.digest == again.learned.pack.digest
     assert [each["method"] for each in found.learned.card["teachers"]] == ["memory-bank", "padim"]
-    student = Teacher([found.learned.write(tmp_path / "s.detector")], ["student"])
+    student = Teacher([found.learned], ["student"])
     loss = distil_report.on_painted(both, student, paths, 0)
     assert loss.images == 24
     assert loss.correlation is not None
