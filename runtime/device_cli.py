@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
+import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -219,6 +222,7 @@ def status(folder: Path, as_json: bool) -> None:
         "starts": state.starts,
         "counter": state.counter,
         "last_seen": state.last_seen,
+        "attempts": device_reports.attempts(store),
         "quarantined": [digest[:_SHOWN] for digest in state.quarantined],
         "alarm": state.warning,
         "damaged": [],
@@ -289,22 +293,35 @@ def _line(outcome: Outcome) -> str:
 
 def _show(found: dict[str, Any]) -> None:
     active, last = found["active"], found["last"]
-    click.echo(f"device      {found['id']} ({', '.join(found['groups']) or 'no group'}), product {found['product']}")
-    click.echo(f"repository  {found['repository']}")
+    groups = f"group {', '.join(found['groups'])}" if found["groups"] else "no group"
+    _row("device", f"{found['id']}, {groups}, product {found['product']}")
+    _row("repository", found["repository"])
     if active is None:
-        click.echo(f"release     none{': damaged, fetch with edgead device update' if found['damaged'] else ''}")
+        _row("release", f"none{': damaged, fetch with edgead device update' if found['damaged'] else ''}")
     else:
         state = "confirmed" if found["confirmed"] else f"on probation, {found['starts']} starts"
         packs = ", ".join(f"{product} {version}" for product, version in active["packs"].items())
-        click.echo(f"release     {active['name']} ({state}); engine {active['engine']}; knowledge {packs}")
+        _row("release", f"{active['name']} ({state}); engine {active['engine']}; knowledge {packs}")
+    for attempt in found["attempts"]:
+        if attempt["outcome"] in ("rolled back", "rejected"):
+            why = f": {attempt['reason']}" if attempt["reason"] else ""
+            _row("failed here", f"release {attempt['release']} {attempt['outcome']}{why}")
     if found["quarantined"]:
-        click.echo(f"quarantine  {', '.join(found['quarantined'])}")
+        _row("quarantine", ", ".join(found["quarantined"]))
     if found["alarm"]:
-        click.echo(f"alarm       {found['alarm']}")
+        _row("alarm", found["alarm"])
     if last is not None:
         when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(last.get("time", 0)))
-        click.echo(f"last poll   {when}: {last.get('status')}: {last.get('reason')}")
-    click.echo(f"statuses    {device_reports.spool_text(found['statuses'])}")
+        _row("last poll", f"{when}: {last.get('status')}: {last.get('reason')}")
+    _row("statuses", device_reports.spool_text(found["statuses"]))
+
+
+def _row(label: str, text: str) -> None:
+    """A line, or as many as it takes on a terminal; whoever reads it through a pipe has one."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+    lines = textwrap.wrap(text, max(40, width - 12), break_long_words=False, break_on_hyphens=False) or [""]
+    for place, line in enumerate(lines):
+        click.echo(f"{'' if place else label:<12}{line}")
 
 
 def _without_password(address: str) -> str:

@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
+from edgead.runtime.attempts import decode_attempts
 from edgead.runtime.device_key import ensure_key
-from edgead.runtime.device_status import public_of
+from edgead.runtime.device_status import STATUS_BYTES, public_of
+from edgead.runtime.disk import RealDisk
 from edgead.runtime.errors import EdgeadError
 from edgead.runtime.fetch_rules import shown
 from edgead.runtime.slots_load import StoreView
-from edgead.runtime.status_report import StatusReporter, reporter_of
+from edgead.runtime.status_report import ATTEMPTS, StatusReporter, reporter_of
 from edgead.runtime.status_sender import read_sent
 from edgead.runtime.status_spool import StatusSpool
 from edgead.runtime.status_targets import Sent
@@ -124,6 +127,15 @@ def note(folder: Path, store: StoreView, who: Device) -> None:
         reporter_of(folder, store, who, sending=False).note()
 
 
+def attempts(store: StoreView) -> list[dict[str, Any]]:
+    """What became of the last releases, as JSON has it; as of the last status that was written."""
+    try:
+        found = decode_attempts(RealDisk().read(store.spool / ATTEMPTS, STATUS_BYTES))
+    except OSError:
+        return []
+    return [msgspec.to_builtins(item.attempt) for item in found]
+
+
 def spool_fields(who: Device, store: StoreView) -> dict[str, Any]:
     """The spool of a device as JSON has it."""
     spool, record = StatusSpool(store.spool), read_sent(store.spool)
@@ -195,4 +207,14 @@ def _said(what: str) -> Iterator[None]:
         click.echo(f"no {what}: {error}", err=True)
 
 
-__all__ = ["Reports", "note", "opened", "public_key", "sent_fields", "sent_line", "spool_fields", "spool_text"]
+__all__ = [
+    "Reports",
+    "attempts",
+    "note",
+    "opened",
+    "public_key",
+    "sent_fields",
+    "sent_line",
+    "spool_fields",
+    "spool_text",
+]

@@ -288,4 +288,4 @@ def _last_poll(folder: Path) -> Poll | None:
     return msgspec.structs.replace(poll, status=plain_text(poll.status, 32), reason=plain_text(poll.reason))
 
 
-__all__ = ["STATUS_EVERY_S", "StatusReporter", "reporter_of"]
+__all__ = ["ATTEMPTS", "STATUS_EVERY_S", "StatusReporter", "reporter_of"]

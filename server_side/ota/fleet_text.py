@@ -111,8 +111,7 @@ def _product(product: Product, width: int) -> list[str]:
             )
             cells += map(_number, numbers)
         rows.append([*cells, _shares(group.releases, group.devices)])
-    # The last column is text of any length; the others keep theirs.
-    return [*lines, *(_cut(line, width) for line in _aligned(rows))]
+    return [*lines, *(_cut(line, width) for line in _fitting(rows, width))]
 
 
 def _odd(fleet: Fleet, everything: bool, width: int) -> list[str]:
@@ -130,6 +129,15 @@ def _odd(fleet: Fleet, everything: bool, width: int) -> list[str]:
             lines.append(line if everything else _cut(line, width))
         if len(shown) < len(worst):
             lines.append(f"    ... and {_number(len(worst) - len(shown))} others: --all")
+    return lines
+
+
+def _fitting(rows: list[list[str]], width: int) -> list[str]:
+    """Rows as lines; where they are too wide, without the columns in which nothing is counted."""
+    lines = _aligned(rows)
+    if max(map(len, lines)) > width:
+        told = [place for place in range(len(rows[0])) if any(row[place] != "0" for row in rows[1:])]
+        lines = _aligned([[row[place] for place in told] for row in rows])
     return lines
 
 

@@ -93,6 +93,7 @@ def test_the_life_of_a_device(run: Run, world: Any, server: Any, tmp_path: Path)
     found = json.loads(done.stdout)
     assert (found["active"]["release"], found["confirmed"], len(found["quarantined"])) == (1, True, 1)
     assert "a trial" in found["alarm"]
+    assert found["attempts"][-1] == {"release": 2, "outcome": "rolled back", "reason": "a trial"}
     assert found["groups"] == ["pilot"]
     done = run("update", folder, "--json")
     assert (done.returncode, json.loads(done.stdout)["status"]) == (0, "current")
@@ -103,6 +104,7 @@ def test_the_life_of_a_device(run: Run, world: Any, server: Any, tmp_path: Path)
     assert Store(folder).state().confirmed
     done = run("status", folder)
     assert "release     part-3 (confirmed)" in done.stdout
+    assert "failed here release 2 rolled back: a trial" in done.stdout
     assert "last poll" in done.stdout
 
 

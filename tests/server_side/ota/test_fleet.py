@@ -100,6 +100,22 @@ def test_what_is_odd_is_told_and_a_healthy_device_is_not_named() -> None:
     assert "has no release, and 1 is out for all" in text
 
 
+def test_errors_of_another_day_and_a_release_before_that_was_refused_are_nothing_to_look_at() -> None:
+    old = Failure("FetchError", "no answer", int(NOW) - 86_500, 1)
+    refused = (Attempt(1, "rejected", "scores are off"), Attempt(2, "rejected", "scores are off"))
+    found = looked([seen("well", release=2, time=int(NOW), error=old), seen("waits", release=0, attempts=refused)])
+    assert kinds(found) == {"waits": ["failed"]}
+
+
+def test_a_narrow_terminal_leaves_out_what_counts_nothing_before_releases() -> None:
+    found = looked([tried(f"cam-{number}", "confirmed") for number in range(4)])
+    wide, narrow = fleet_text(found, width=120), fleet_text(found, width=80)
+    assert "silent" in wide
+    assert "behind" in wide
+    row = next(line for line in narrow.splitlines() if line.strip().startswith("all "))
+    assert "2: 4" in row
+
+
 def test_messages_that_differ_in_numbers_are_one_line() -> None:
     statuses = [tried(f"cam-{n}", "rejected", reason=f"scored {n}.25, where 38.9 was signed") for n in range(30)]
     statuses += [seen(f"x-{n}", error=Failure("EngineError", f"NaN on frame {n}", int(NOW), 2)) for n in range(10)]
