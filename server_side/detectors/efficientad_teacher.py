@@ -39,7 +39,7 @@ from edgead.server_side.photographs import read_photograph
 
 GENERIC = 48
 """Generic pictures that are painted."""
-STEPS = 400
+STEPS = 300
 LEARNING_RATE = 1e-3
 CROP = 128
 """Side of the crop of a frame that a step looks at, in pixels: most of its cost is then in cells that count."""

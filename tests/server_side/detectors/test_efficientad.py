@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from edgead.detector_file import weights_digest
+from edgead.exporter.export import export_bundle
 from edgead.runtime.bundle import open_bundle
 from edgead.runtime.errors import InputError
 from edgead.runtime.image import encode_png, list_images, read_image
@@ -347,3 +348,11 @@ def test_every_engine_agrees_with_torch(
             found = inspector.inspect(frame)
         assert found.score == pytest.approx(float(expected["score"][0]), rel=1e-3)
         assert found.anomaly_map is not None
+
+
+def test_half_precision_passes_the_parity_gate(learned: Learned, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    learned.write(tmp_path / "half.detector")
+    bundle = export_bundle(tmp_path / "half.detector", tmp_path / "half.bundle", ["openvino:fp16", "onnx:fp16"])
+    figures = [engine.parity for engine in bundle.manifest.engines]
+    assert all(found is not None and found.decisions_changed == 0 for found in figures)
