@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 import socket
 import urllib.parse
@@ -67,7 +68,7 @@ def ray_map(address: str) -> Iterator[OrderedMap[Any, Any]]:
 
 
 def _connect(ray: Any, address: str) -> None:
-    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False, "namespace": "edgead-kka"}
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": "edgead-kka"}
     if address == LOCAL:
         options |= {
             "address": "local",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 
@@ -129,3 +130,33 @@ def test_what_is_no_picture_is_refused() -> None:
         paint_part("marble", rng=rng(0))
     with pytest.raises(InputError, match="pixels"):
         paint_part("flange", rng=rng(0), size=8)
+
+
+def test_a_missing_part_breaks_off_at_the_edge_and_shows_what_lies_around() -> None:
+    plate = np.full((160, 160, 3), 30, np.uint8)
+    within = np.zeros((160, 160), np.bool_)
+    within[40:120, 40:120] = True
+    plate[within] = 180
+    for seed in range(8):
+        image, mask = paint_defect(plate, "missing part", size=0.2, contrast=1.0, rng=rng(seed), within=within)
+        rows, columns = np.nonzero(mask)
+        assert {40, 119} & {int(at) for at in (rows.min(), rows.max(), columns.min(), columns.max())}
+        assert np.median(image[mask > 0]) < 60
+
+
+def test_a_missing_part_of_a_part_that_fills_the_picture_is_dark() -> None:
+    grey = np.full((160, 160, 3), 150, np.uint8)
+    image, mask = paint_defect(grey, "missing part", size=0.3, place=(0.5, 0.5), contrast=1.0, rng=rng(1))
+    assert np.median(image[mask > 0]) < 60
+
+
+def test_discolouration_is_soft_and_keeps_the_texture() -> None:
+    grain = np.clip(rng(0).normal(120, 12, (160, 160, 1)), 0, 255).astype(np.uint8)
+    plate = np.repeat(grain, 3, axis=2)
+    image, mask = paint_defect(plate, "discolouration", size=0.5, place=(0.5, 0.5), contrast=0.8, rng=rng(2))
+    inside = mask > 0
+    assert np.corrcoef(image.mean(2)[inside], plate.mean(2)[inside])[0, 1] > 0.3
+    change = np.abs(image.astype(float) - plate).mean(2)
+    depth = cv2.distanceTransform(mask, cv2.DIST_L2, 3)
+    rim, heart = inside & (depth < 3), depth > 0.6 * depth.max()
+    assert change[rim].mean() < 0.35 * change[heart].mean()

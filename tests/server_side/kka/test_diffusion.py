@@ -228,3 +228,16 @@ def test_masks_follow_the_caption_where_it_says_something(tmp_path: Path) -> Non
     assert all(np.nonzero(mask)[1].min() > 130 for mask in spread)
     (tmp_path / "mask.png").write_bytes(encode_png(np.repeat(spread[0][..., None], 3, axis=2)))
     assert read_image(tmp_path / "mask.png").shape == (200, 260, 3)
+
+
+def test_a_picture_that_the_pipelines_own_checker_withholds_is_known() -> None:
+    from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+
+    from edgead.server_side.kka.diffusion import _picture_of
+
+    black = np.zeros((1, 8, 8, 3), np.float32)
+    for images, flags, withheld in ((black, [True], True), (black, [False], False), ([], [True], True)):
+        assert _picture_of(StableDiffusionPipelineOutput(images, flags), "p")[1] is withheld
+    assert not _picture_of(StableDiffusionPipelineOutput(black, None), "p")[1]
+    with pytest.raises(EngineError, match="an answer without one"):
+        _picture_of(StableDiffusionPipelineOutput(None, None), "p")

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from types import ModuleType
+
 import numpy as np
 import pytest
 
 from edgead.runtime.errors import InputError
 from edgead.server_side.kka.grammar import CONTRASTS, PLACES, SIZES, Defect, Grammar, describe, parse
 from edgead.server_side.kka.procedural import GrammarAuthor, ProceduralPainter
-from edgead.server_side.kka.seams import UndrawableCaptionError
+from edgead.server_side.kka.records import Caption, Image
+from edgead.server_side.kka.rounds import run
+from edgead.server_side.kka.seams import Frame, Painted, UndrawableCaptionError
+from edgead.server_side.kka.work import WorkFolder
 from edgead.server_side.painting import DEFECTS
 
 
@@ -108,3 +115,26 @@ def test_the_author_writes_what_the_painter_draws() -> None:
     assert len(author.digest) == 64
     assert author.digest != narrow.digest
     assert author.digest == GrammarAuthor().digest
+
+
+class Reluctant(ProceduralPainter):
+    """Finds out only while it paints that it cannot."""
+
+    def paint(self, caption: str, normal: Frame | None, *, seed: int) -> Painted:
+        if seed % 3 == 0:
+            raise UndrawableCaptionError(wanted="a picture", got="none that passes")
+        return super().paint(caption, normal, seed=seed)
+
+
+def test_a_caption_that_turns_out_undrawable_has_no_image_and_the_round_goes_on(
+    new_work: Callable[..., WorkFolder], makers_of_tests: ModuleType
+) -> None:
+    work = new_work("[imagine]\nauthor = 'grammar'", rounds=0)
+    makers = makers_of_tests.makers(author=GrammarAuthor(Grammar(sizes=("large",), contrasts=("visible",))))
+    run(work, dataclasses.replace(makers, painter=Reluctant))
+    painted = {record.parent for record in work.records(Image, 0)}
+    written = {record.id for record in work.records(Caption, 0)}
+    assert 0 < len(written - painted) < len(written)
+    assert painted < written
+    assert all(record.visible > 0 for record in work.records(Image, 0))
+    assert work.is_done("collect", 0)
