@@ -6,7 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ CAPTION = "a large dark red stain near the upper left corner, clearly visible"
 
 
 @pytest.fixture(scope="module")
-def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
     """Folders of tiny pipelines by name, each made when it is first asked for."""
     import importlib.util
 
@@ -52,7 +52,13 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
             module.save_pipeline(folder / name, **kinds[name])
         return folder / name
 
-    return made
+    import torch
+
+    # So little work is done fastest by one thread, above all beside other work.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield made
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
