@@ -239,7 +239,7 @@ def _fit_with_sentences(
     )
     more: dict[str, Any] = {}
     checkpoint = output.with_name(output.name + ".training")
-    if method in TRAINS_PROJECTIONS and words["projections"] is None:
+    if method == "cmda" or (method in TRAINS_PROJECTIONS and words["projections"] is None):
         more["checkpoint"] = checkpoint
     if words["score"] is not None:
         more["score"] = words["score"]

@@ -19,6 +19,7 @@ LANGUAGE_METHODS = {
     "april-gan": "april_gan",
     "alfa": "alfa",
     "anomalous-few-shot": "anomalous_few_shot",
+    "cmda": "cmda",
     "normality": "normality",
 }
 """Methods that rest on sentences -> their module in `edgead.server_side.detectors`."""
