@@ -9,6 +9,7 @@ what remains is the rounding of batched sums, 1e-6 of a probability in float32.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -311,7 +312,9 @@ def with_adapter(network: Any, adapter: Path, *, trainable: bool = False) -> Any
     """
     (peft,) = imported("peft")
     try:
-        return peft.PeftModel.from_pretrained(network, str(adapter), is_trainable=trainable, local_files_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return peft.PeftModel.from_pretrained(network, str(adapter), is_trainable=trainable, local_files_only=True)
     except Exception as error:  # peft raises whatever its layers raise
         raise InputError(
             wanted=f"a LoRA adapter of this language model in {adapter}",

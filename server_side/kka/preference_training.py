@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import random
 import sys
@@ -105,7 +106,7 @@ def build_trainer(task: Task, preferences: Sequence[Preference], folder: Path) -
             args=config,
             # Tokenized by trl first and then replaced: its own way joins prompt and answer before it tokenizes.
             train_dataset=datasets.Dataset.from_list(
-                [{"prompt": "a", "chosen": "a", "rejected": "a"} for _ in preferences]
+                [{"prompt": "a", "chosen": " a", "rejected": " a"} for _ in preferences]
             ),
             processing_class=dialogue.tokenizer,
             peft_config=adapter,
@@ -274,9 +275,10 @@ def _quiet() -> Iterator[None]:
     """No bars, no advice, no telemetry: training says what it does through `Progress` alone."""
     transformers, datasets, hub = imported("transformers", "datasets", "huggingface_hub.constants")
     level, bars = transformers.utils.logging.get_verbosity(), datasets.is_progress_bar_enabled()
-    silent = hub.HF_HUB_DISABLE_TELEMETRY
+    silent, loud = hub.HF_HUB_DISABLE_TELEMETRY, logging.getLogger("trl").level
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+    logging.getLogger("trl").setLevel(logging.ERROR)
     hub.HF_HUB_DISABLE_TELEMETRY = True
     try:
         with warnings.catch_warnings():
@@ -284,6 +286,7 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         hub.HF_HUB_DISABLE_TELEMETRY = silent
+        logging.getLogger("trl").setLevel(loud)
         transformers.utils.logging.set_verbosity(level)
         if bars:
             datasets.enable_progress_bars()

@@ -19,14 +19,18 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from edgead.runtime.errors import InputError, OutOfMemoryError, OutputExistsError
 from edgead.server_side.kka.causal import Dialogue
+from edgead.server_side.kka.cli import kka
+from edgead.server_side.kka.config import PROMPT as PROMPT_OF_RUNS
 from edgead.server_side.kka.config import Imagine, Prefer
 from edgead.server_side.kka.language import TransformersAuthor, open_author
 from edgead.server_side.kka.prefer import DpoTuner
 from edgead.server_side.kka.preference_task import Facts, Task, digest_of_pairs
 from edgead.server_side.kka.preference_training import build_trainer
+from edgead.server_side.kka.procedural import GrammarAuthor
 from edgead.server_side.kka.records import Caption, Preference
 from edgead.server_side.kka.rounds import facts, run
 from edgead.server_side.kka.stages import prompt_of
@@ -359,3 +363,28 @@ def test_a_round_with_a_real_author_and_real_preferences_is_harder_than_the_one_
     assert shares[1] > shares[0] + 0.05
     assert len({work.records(Caption, number)[0].made.digest for number in range(2)}) == 2
     assert (work.round_folder(0) / "adapter" / "training.json").is_file()
+
+
+def test_the_command_line_imagines_and_prefers_with_the_procedural_painter(
+    photographs: Path, models_of_tests: ModuleType, tmp_path: Path
+) -> None:
+    sentences = sorted(set(GrammarAuthor().write([""] * 8, range(8))))
+    prompt = PROMPT_OF_RUNS.format(class_name="part", caption="a photograph of a flawless part")
+    models_of_tests.word_model(tmp_path / "model", [*sentences, prompt])
+    models_of_tests.teach(tmp_path / "model", prompt, sentences)
+    config, work = tmp_path / "run.toml", tmp_path / "run.kka"
+    # An evaluator of one step knows little, so that it finds some of the images hard.
+    config.write_text(
+        f'normals = "{photographs}"\nrounds = 1\ncaptions = 16\n[representatives]\nclusters = 3\n'
+        '[imagine]\nauthor = "local"\nmodel = "model"\nmax_tokens = 48\n'
+        "[judge]\nsteps = 1\nfolds = 1\nvisible_floor = 0.0\nsize = 64\n"
+        "[prefer]\nsteps = 2\nbatch = 2\naccumulate = 1\n"
+    )
+    for words in (["imagine"], ["prefer"], ["imagine", "--round", "1"]):
+        done = CliRunner().invoke(kka, [words[0], str(config), *words[1:]])
+        assert done.exit_code == 0, done.output
+    digests = [{record.made.digest for record in WorkFolder(work).records(Caption, number)} for number in range(2)]
+    assert [len(found) for found in digests] == [1, 1]
+    assert WorkFolder(work).records(Preference, 0)
+    assert (work / "round-0" / "adapter" / "adapter_model.safetensors").is_file()
+    assert digests[0] != digests[1]
