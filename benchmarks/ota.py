@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from packaging.requirements import Requirement
 
 from benchmarks.common import median, note, painted, report, table
 from benchmarks.ota_camera import JITTER, POLL_S
@@ -228,29 +229,33 @@ def _imports() -> dict[str, float]:
 
 def _installed() -> dict[str, Any]:
     """Bytes of what the extra 'ota' installs and the camera's own install does not, without compiled caches."""
-    base, all_of_it = _closure("edgead", ""), _closure("edgead", "ota")
-    sizes = {name: _size(name) for name in sorted(all_of_it - base)}
-    return {"bytes": sum(sizes.values()), "packages": sizes, "base_bytes": sum(map(_size, base - {"edgead"}))}
+    # What this environment was installed from may be older than the tree.
+    base, extra = _closure(_listed("dependencies")), _closure(_listed("ota"))
+    sizes = {name: _size(name) for name in sorted(extra - base)}
+    return {"bytes": sum(sizes.values()), "packages": sizes, "base_bytes": sum(map(_size, base))}
 
 
-def _closure(name: str, extra: str) -> set[str]:
-    from packaging.requirements import Requirement
+def _listed(name: str) -> list[str]:
+    """A list of requirements in pyproject.toml."""
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    found = re.search(rf"^{name} = \[(.*?)\]", text, re.MULTILINE | re.DOTALL)
+    assert found is not None, name
+    return re.findall(r'"([^"]+)"', found[1])
 
-    found, waiting = set(), [(name, extra)]
+
+def _closure(requirements: list[str]) -> set[str]:
+    """Names of the packages that some requirements lead to."""
+    found: set[tuple[str, str]] = set()
+    waiting = [(Requirement(text), "") for text in requirements]
     while waiting:
-        name, extra = waiting.pop()
-        if (name, extra) in found:
+        need, extra = waiting.pop()
+        if need.marker is not None and not need.marker.evaluate({"extra": extra}):
             continue
-        found.add((name, extra))
-        for text in importlib.metadata.requires(name) or ():
-            need = Requirement(text)
-            if need.marker is None or any(need.marker.evaluate({"extra": part}) for part in {"", extra}):
-                waiting += [(_plain(need.name), part) for part in {"", *need.extras}]
+        name = re.sub(r"[-_.]+", "-", need.name).lower()
+        for part in {"", *need.extras} - {part for known, part in found if known == name}:
+            found.add((name, part))
+            waiting += [(Requirement(text), part) for text in importlib.metadata.requires(name) or ()]
     return {name for name, _ in found}
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _size(name: str) -> int:
