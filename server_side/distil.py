@@ -20,227 +20,32 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.export import ExportedProgram
+from torch import Tensor
 
-from edgead.detector_file import FittedDetector, weights_digest
-from edgead.runtime.errors import DetectorError
-from edgead.runtime.image import Frame
-from edgead.runtime.knowledge import head_feeds
+from edgead.detector_file import weights_digest
 from edgead.runtime.preprocess import prepare
 from edgead.runtime.progress import Progress
-from edgead.runtime.spec import KnowledgePort, Port, Preprocessing
-from edgead.server_side.backbones import Backbone, load_backbone
-from edgead.server_side.detectors.memory_bank import smoothing_matrix
+from edgead.server_side.backbones import load_backbone
 from edgead.server_side.detectors.trained import Samples, TrainedOptions
-from edgead.server_side.detectors.training import Schedule, batch_of, generator, train
+from edgead.server_side.detectors.training import Schedule, batch_of, train
 from edgead.server_side.distil_data import split_paths, with_defects
-from edgead.server_side.learned import Learned, Modules, base_card, calibrated, golden_frames
+from edgead.server_side.distil_student import METHOD, StudentDecoder, student_modules
+from edgead.server_side.distil_teacher import Teacher, resized
+from edgead.server_side.learned import Learned, base_card, calibrated, golden_frames
 
-METHOD = "distilled"
 PAPER = "none: the student repeats its teacher's maps"
 
 FLOOR = 0.05
 """Share of the teacher's threshold below which values are alike."""
 CEILING = 50.0
-WIDTH = 64
 STEPS = 800
 LEARNING_RATE = 1e-3
 BATCH = 16
 _TOP_WEIGHT = 4.0
 _BATCH_EMBEDDED = 8
-
-
-class Teacher:
-    """One or several fitted detectors as one map in units of their thresholds.
-
-    Args:
-        detectors: with maps, all of one geometry (region, tiles, rotation); sizes of frames may differ. Read from a
-            file, or learned and not yet written.
-        names: of their files, for messages and the card.
-
-    Raises:
-        DetectorError: a detector without a map, with a threshold that is no unit, or of another geometry.
-    """
-
-    def __init__(self, detectors: Sequence[FittedDetector | Learned], names: Sequence[str]) -> None:
-        self.detectors, self.names = tuple(detectors), tuple(names)
-        self.units = [_unit(detector, name) for detector, name in zip(detectors, names, strict=True)]
-        first = self.detectors[0].spec.preprocessing
-        for detector, name in zip(detectors, names, strict=True):
-            if resized(detector.spec.preprocessing, first) != first:
-                raise DetectorError(
-                    wanted=f"teachers that look at the same part of a frame as {names[0]}",
-                    got=f"another region, rotation or tiles in {name}",
-                    next_step="Fit all teachers with the same --roi, --tiles and --rotate.",
-                )
-        self._graphs = [(_module(each.trunk), _module(each.head)) for each in self.detectors]
-        self._knowledge = [
-            [torch.from_numpy(array.copy()) for array in head_feeds(each.pack, each.spec).values()]
-            for each in self.detectors
-        ]
-
-    @property
-    def parameters(self) -> int:
-        """Numbers in all graphs."""
-        return sum(tensor.numel() for tensor in self._tensors())
-
-    @property
-    def size(self) -> int:
-        """Bytes of all graphs' numbers and all knowledge."""
-        known = sum(array.nbytes for each in self.detectors for array in each.pack.arrays.values())
-        return known + sum(tensor.numel() * tensor.element_size() for tensor in self._tensors())
-
-    def _tensors(self) -> list[Tensor]:
-        return [tensor for pair in self._graphs for graph in pair for tensor in graph.state_dict().values()]
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over feature spaces and knowledge."""
-        parts = [f"{each.spec.fingerprint} {each.pack.digest}" for each in self.detectors]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-    def outputs(self, frame: Frame) -> tuple[float, Tensor]:
-        """Score, and map float32 [T, H, W] of the first teacher's size, of a source frame; both in thresholds."""
-        size = self.detectors[0].spec.preprocessing
-        scores, maps = [], []
-        for number, (detector, unit) in enumerate(zip(self.detectors, self.units, strict=True)):
-            trunk, head = self._graphs[number]
-            with torch.inference_mode():
-                features = _tuple(trunk(torch.from_numpy(prepare(frame, detector.spec.preprocessing))))
-                outputs = _tuple(head(*features, *self._knowledge[number]))
-            found = {port.name: tensor for port, tensor in zip(detector.spec.outputs, outputs, strict=True)}
-            each = found["anomaly_map"] / unit
-            if each.shape[1:] != (size.height, size.width):
-                each = F.interpolate(each[:, None], (size.height, size.width), mode="bilinear", antialias=True)[:, 0]
-            maps.append(each)
-            scores.append(float(found["score"].max()) / detector.pack.calibration.threshold)
-        return float(np.mean(scores)), torch.stack(maps).mean(0)
-
-    def targets(self, frame: Frame, grid: tuple[int, int]) -> Tensor:
-        """The map at a coarser grid, each cell the mean of its pixels: float32 [T, rows, columns]."""
-        return F.adaptive_avg_pool2d(self.outputs(frame)[1][:, None], grid)[:, 0].clone()
-
-
-def _module(graph: ExportedProgram | nn.Module) -> nn.Module:
-    return graph.module() if isinstance(graph, ExportedProgram) else graph
-
-
-def _tuple(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (found,) if isinstance(found, Tensor) else tuple(found)
-
-
-def _unit(detector: FittedDetector | Learned, name: str) -> float:
-    if not detector.spec.has_map:
-        raise DetectorError(
-            wanted="a teacher with an anomaly map",
-            got=f"{name}, whose method {detector.spec.method} has none",
-            next_step="Name a detector that shows where, such as one of memory-bank, simplenet or recontrast.",
-        )
-    calibration = detector.pack.calibration
-    unit = calibration.map_threshold or calibration.threshold
-    if unit <= 0 or calibration.threshold <= 0:
-        raise DetectorError(
-            wanted=f"a threshold above 0 in {name}",
-            got=f"{min(unit, calibration.threshold):g}",
-            next_step="Calibrate the teacher on photographs of good parts: fit it with --normal.",
-        )
-    return unit
-
-
-def resized(preprocessing: Preprocessing, like: Preprocessing) -> Preprocessing:
-    """The same region, tiles and rotation at the frame size of `like`."""
-    return msgspec.structs.replace(preprocessing, width=like.width, height=like.height)
-
-
-class StudentDecoder(nn.Module):
-    """Maps of a backbone -> the logarithm of the teacher's map, at the finest grid.
-
-    Args:
-        channels: of each map, finest first.
-        width: of the inner layers.
-        seed: of the weights.
-    """
-
-    def __init__(self, channels: Sequence[int], width: int = WIDTH, seed: int = 0) -> None:
-        super().__init__()
-        self.inputs = nn.ModuleList(nn.Conv2d(each, width, 1) for each in channels)
-        self.inner = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for _ in range(3))
-        self.last = nn.Conv2d(width, 1, 1)
-        drawn = generator(seed, -1)
-        with torch.no_grad():
-            for layer in (*self.inputs, *self.inner, self.last):
-                assert isinstance(layer, nn.Conv2d)
-                fan_in = layer.weight[0].numel()
-                layer.weight.copy_(torch.randn(layer.weight.shape, generator=drawn) * (2 / fan_in) ** 0.5)
-                assert layer.bias is not None
-                layer.bias.zero_()
-
-    def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Args: maps: float32 [B, C_l, h_l, w_l], finest first. Returns: z float32 [B, h, w]."""
-        finest = maps[0].shape[-2]
-        joined = torch.zeros(())
-        for layer, each in zip(self.inputs, maps, strict=True):
-            found = layer(each)
-            times = finest // each.shape[-2]
-            if times > 1:
-                found = F.interpolate(found, scale_factor=times, mode="nearest")
-            joined = joined + found
-        hidden = F.relu(self.norms[0](joined))
-        for inner, norm in zip(self.inner, list(self.norms)[1:], strict=True):
-            hidden = hidden + F.relu(norm(inner(hidden)))
-        last: Tensor = self.last(hidden)
-        return last[:, 0]
-
-
-class StudentTrunk(nn.Module):
-    """Frame -> z: a frozen backbone and the decoder."""
-
-    def __init__(self, backbone: Backbone, decoder: StudentDecoder) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.decoder = decoder
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Args: image: uint8 RGB [B, H, W, 3]. Returns: logarithms float32 [B, P], row by row."""
-        maps = self.backbone(image.permute(0, 3, 1, 2).float() * (1.0 / 255.0))
-        found: Tensor = self.decoder(maps)
-        return found.flatten(1)
-
-
-class StudentHead(nn.Module):
-    """Logarithms -> score and map.
-
-    Args:
-        grid: rows and columns of the trunk's cells.
-        size: height and width of the engine's frame, in pixels.
-    """
-
-    def __init__(self, grid: tuple[int, int], size: tuple[int, int]) -> None:
-        super().__init__()
-        self.up_rows: Tensor
-        self.up_columns: Tensor
-        self.grid = grid
-        # The teacher's map is smooth already.
-        self.register_buffer("up_rows", torch.from_numpy(smoothing_matrix(grid[0], size[0], 0.0)))
-        columns = torch.from_numpy(smoothing_matrix(grid[1], size[1], 0.0))
-        self.register_buffer("up_columns", columns.T.contiguous())
-
-    def forward(self, logarithms: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Args:
-            logarithms: float32 [B, P].
-            scale: float32 [1].
-
-        Returns:
-            score float32 [B], anomaly_map float32 [B, H, W].
-        """
-        values = logarithms.clamp(-10.0, 10.0).exp() * scale
-        return values.amax(1), self.up_rows @ values.reshape(-1, *self.grid) @ self.up_columns
 
 
 def map_loss(logarithms: Tensor, targets: Tensor) -> Tensor:
@@ -321,21 +126,6 @@ class StudentTask:
             found = self.module([each[part].float() for each in self._stop_maps])
             total += float(map_loss(found, self._stop_targets[part])) * len(found)
         return total / len(self._stop_targets)
-
-
-def student_modules(backbone: Backbone, decoder: StudentDecoder, preprocessing: Preprocessing) -> Modules:
-    """Trunk and head with their ports."""
-    size = (preprocessing.height, preprocessing.width)
-    grid = (size[0] // backbone.strides[0], size[1] // backbone.strides[0])
-    return Modules(
-        StudentTrunk(backbone, decoder),
-        StudentHead(grid, size),
-        method=METHOD,
-        preprocessing=preprocessing,
-        features=(Port("logarithms", "float32", ("B", grid[0] * grid[1])),),
-        knowledge=(KnowledgePort("map.scale", "float32", (1,)),),
-        outputs=(Port("score", "float32", ("B",)), Port("anomaly_map", "float32", ("B", *size))),
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -460,16 +250,4 @@ def _scale(decoder: StudentDecoder, maps: Sequence[Tensor], targets: Tensor) -> 
     return float((wanted - highest).median().exp())
 
 
-__all__: Sequence[str] = (
-    "METHOD",
-    "Distilled",
-    "StudentDecoder",
-    "StudentHead",
-    "StudentTask",
-    "StudentTrunk",
-    "Teacher",
-    "distil",
-    "map_loss",
-    "resized",
-    "student_modules",
-)
+__all__: Sequence[str] = ("Distilled", "StudentTask", "distil", "map_loss")

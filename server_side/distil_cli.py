@@ -83,8 +83,9 @@ def distil(
     from edgead.detector_file import read_detector
     from edgead.server_side import distil_report as report
     from edgead.server_side.detectors.trained import TrainedOptions
-    from edgead.server_side.distil import BATCH, Teacher
+    from edgead.server_side.distil import BATCH
     from edgead.server_side.distil import distil as run
+    from edgead.server_side.distil_teacher import Teacher
 
     teacher = Teacher([read_detector(path) for path in teachers], [path.name for path in teachers])
     first = teacher.detectors[0]

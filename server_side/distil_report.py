@@ -18,8 +18,8 @@ from edgead.runtime.image import Frame, map_to_frame, read_image
 from edgead.runtime.preprocess import merge_maps
 from edgead.runtime.progress import Progress
 from edgead.server_side.datasets import read_mask, test_samples
-from edgead.server_side.distil import Teacher
 from edgead.server_side.distil_data import painted_on
+from edgead.server_side.distil_teacher import Teacher
 from edgead.server_side.metrics import PixelCounter, auroc
 
 _TIMED = 11

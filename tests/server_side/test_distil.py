@@ -26,9 +26,11 @@ from edgead.server_side import distil_report
 from edgead.server_side.detectors import padim, ssd
 from edgead.server_side.detectors.trained import TrainedOptions
 from edgead.server_side.detectors.training import Schedule, train
-from edgead.server_side.distil import FLOOR, StudentDecoder, StudentTask, Teacher, distil, map_loss
+from edgead.server_side.distil import FLOOR, StudentTask, distil, map_loss
 from edgead.server_side.distil_cli import _tell
 from edgead.server_side.distil_data import painted_on, split_paths, with_defects
+from edgead.server_side.distil_student import StudentDecoder
+from edgead.server_side.distil_teacher import Teacher
 from edgead.server_side.learned import Learned, Modules
 
 OPTIONS = TrainedOptions(preprocessing=Preprocessing(64, 64), steps=25, batch=8)
