@@ -294,8 +294,8 @@ def _show_costs(case: dict[str, Any], figures: dict[str, Any]) -> None:
         f"({poll['up']} up, {poll['down']} down); aim {AIMS['poll_bytes']}: {_aim(total, 'poll_bytes')}"
     )
     print(
-        f"the command as a program of its own: signed after {case['program_signs_s']:.2f} s, most of it the import of "
-        f"torch, first frame after {case['program_s']:.2f} s"
+        f"the command as a program of its own: signed after {case['program_signs_s']:.2f} s, the import of "
+        f"torch included, first frame after {case['program_s']:.2f} s"
     )
     lines = [
         [name, run["peak_kb"] / 1e3, run["seconds"], run["up"], run["down"]] for name, run in case["process"].items()
