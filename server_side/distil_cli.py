@@ -59,8 +59,9 @@ def distil(
 ) -> None:
     """Teach a small student the maps of one detector, or the mean of several.
 
-    The student is a fitted detector like any other. Interrupted, the same command goes on. Photographs that the
-    teacher did not learn from are best: of those in its memory its maps know too much.
+    The student is a fitted detector like any other. Interrupted, the same command goes on; only the teacher's
+    maps are made anew. Photographs that the teacher did not learn from are best: of those in its memory its maps know
+    too much.
 
     \b
     Example:

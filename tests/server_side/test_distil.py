@@ -21,7 +21,7 @@ from edgead.runtime.errors import DetectorError, InputError
 from edgead.runtime.image import encode_png, list_images, prepare, read_image
 from edgead.runtime.inspector import Inspector
 from edgead.runtime.knowledge import head_feeds
-from edgead.runtime.spec import Preprocessing, Region
+from edgead.runtime.spec import Preprocessing, Region, Tiling
 from edgead.server_side import distil_report
 from edgead.server_side.detectors import padim, ssd
 from edgead.server_side.detectors.trained import TrainedOptions
@@ -145,6 +145,17 @@ def test_a_student_learns_a_map_and_the_same_seed_gives_the_same_one(both: Teach
         for module in (found.learned.trunk, found.learned.head)
         for tensor in module.state_dict().values()
     )
+
+
+def test_a_student_has_the_teachers_tiles_and_the_size_that_was_asked_for(painted_normals: Path) -> None:
+    paths = list_images(painted_normals)[:6]
+    spec = Preprocessing(64, 64, rotate=90, tiles=Tiling(2, 1, 0.1))
+    teacher = Teacher([padim.learn(paths, TrainedOptions(preprocessing=spec), dimensions=8)], ["tiled"])
+    learned = distil(teacher, paths, TrainedOptions(preprocessing=Preprocessing(32, 32), steps=3)).learned
+    assert learned.spec.preprocessing == Preprocessing(32, 32, rotate=90, tiles=Tiling(2, 1, 0.1))
+    loss = distil_report.on_painted(teacher, Teacher([learned], ["student"]), paths[:2], 0)
+    assert loss.images == 4
+    assert loss.student.pixel_auroc is not None
 
 
 def test_a_student_is_exported_like_the_rest(both: Teacher, painted_normals: Path, tmp_path: Path) -> None:
