@@ -127,10 +127,10 @@ def release_test(
         for path in release.must_alarm.get(product, ()):
             inspection = found[product][path]
             if inspection.verdict is not Verdict.NG:
-                score = "none" if inspection.score is None else f"{inspection.score:.6g}"
+                shown = "none" if inspection.score is None else f"{inspection.score:.6g}"
                 raise SelfTestError(
                     wanted=f"the golden defect {path} to alarm under the new knowledge of {product!r}",
-                    got=f"{inspection.verdict.value}, a score of {score} at a threshold of {inspection.threshold:.6g}",
+                    got=f"{inspection.verdict.value}, a score of {shown} at a threshold of {inspection.threshold:.6g}",
                     next_step="Correct the knowledge and release it under a new counter.",
                 )
     return count
