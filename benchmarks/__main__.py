@@ -28,6 +28,8 @@ BENCHMARKS = {
     ),
     "parity": ("parity_with_peer", "the same maps and scores as a peer? (needs --peer-python)"),
     "winclip-parity": ("winclip_parity", "the same WinCLIP scores and maps as a peer? (needs --peer-python)"),
+    "kka": ("kka", "does the loop of key knowledge augmentation do what it promises? (half an hour)"),
+    "small-detectors": ("small_detectors", "trained detectors without and with generated anomalies (needs --data)"),
     "detection": ("detection", "how well defects are found, by backbone (needs --data)"),
 }
 ALONE = ("bank-search", "frame", "update", "update-bytes", "rows", "ota", "fleet", "footprint", "language", "fit")
@@ -38,7 +40,7 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] in (["list"], ["--help"], ["-h"]):
         print((__doc__ or "").strip() + "\n")
         for name, (_, what) in BENCHMARKS.items():
-            print(f"  {name:<14} {what}")
+            print(f"  {name:<16} {what}")
         return 0
     if arguments and arguments[0] not in BENCHMARKS:
         print(f"no benchmark named '{arguments[0]}'; there are {', '.join(BENCHMARKS)}", file=sys.stderr)

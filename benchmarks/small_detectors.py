@@ -1,0 +1,139 @@
+"""Trained detectors on real photographs, each without and with anomalies that nobody photographed: mean of seeds.
+
+    python -m benchmarks small-detectors --data DATA_SET --data OTHER_SET
+    python -m benchmarks small-detectors --data DATA_SET --seed 0 --normals 200 --limit 60 --method simplenet
+
+For each data set (MVTec layout) and seed: draw photographs of `train/good`; run key knowledge augmentation on them in
+both modes, with a language model of few words that is trained from scratch, the procedural painter, Deep SAD as
+evaluator and preference training; then train each detector on the same photographs alone, with the set of *add* and
+with that of *rep*, export it, and evaluate it on `test`. Labelled pictures play no part before that last step, and
+nothing is chosen by them. Each cell is kept in the work folder as soon as it is there: start again and it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import note, report, table
+from benchmarks.kka_loop import LoopSettings, run_loop
+from edgead.runtime.image import list_images
+from edgead.runtime.spec import Preprocessing
+from edgead.server_side.kka.sets import samples
+
+METHODS = {
+    "deep-sad": "deep_sad",
+    "simplenet": "simplenet",
+    "recontrast": "recontrast",
+    "efficientad": "efficientad",
+}
+SETS = ("none", "add", "rep")
+FIGURES = ("auroc", "pixel_auroc")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("benchmarks small-detectors", description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, action="append", required=True, help="data set; may be repeated")
+    parser.add_argument("--seed", type=int, action="append", help="one for each run; 0, 1 and 2 if none")
+    parser.add_argument("--method", choices=METHODS, action="append", help="all if none")
+    parser.add_argument("--set", choices=SETS, action="append", dest="sets", help="all if none")
+    parser.add_argument("--normals", type=int, help="photographs to train on; all of train/good if not given")
+    parser.add_argument("--limit", type=int, help="test pictures of each type, the first by name; all if not given")
+    parser.add_argument("--size", type=int, default=256, help="side of the detectors' input")
+    parser.add_argument("--steps", type=int, help="of each detector; its own number if not given")
+    parser.add_argument("--captions", type=int, default=LoopSettings.captions, help="of each round")
+    parser.add_argument("--work", type=Path, default=Path("small-detectors"), help="where everything is kept")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    options = parser.parse_args(arguments)
+    seeds, sets = options.seed or [0, 1, 2], options.sets or list(SETS)
+    found: dict[str, Any] = {}
+    for seed in seeds:
+        for data in options.data:
+            # What decides a cell is in the folder's name: other options begin anew.
+            name = f"{data.name}-{options.normals or 'all'}-{options.limit or 'all'}-{options.size}"
+            name += f"-{options.steps or 'own'}-{options.captions}"
+            folder = options.work / name / f"seed-{seed}"
+            for method in options.method or METHODS:
+                for which in sets:
+                    path = folder / f"{method}-{which}.json"
+                    if not path.exists():
+                        note(f"{data.name}, seed {seed}: {method}, {which}")
+                        cell = _cell(data, folder, method, which, seed, options)
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        path.write_text(json.dumps(cell, indent=1, sort_keys=True) + "\n")
+                    found.setdefault(data.name, {}).setdefault(method, {}).setdefault(which, {})[str(seed)] = (
+                        json.loads(path.read_text())
+                    )
+    show(found)
+    report("small-detectors", {"data": found}, options.json)
+    return 0
+
+
+def _cell(data: Path, folder: Path, method: str, which: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """One detector: fitted, exported, evaluated."""
+    from edgead.exporter.export import export_bundle
+    from edgead.server_side.detectors.trained import TrainedOptions
+    from edgead.server_side.evaluation import evaluate_bundle
+
+    there = len(list_images(data / "train" / "good"))
+    settings = LoopSettings(
+        part=str(data.resolve()),
+        normals=min(there, options.normals or there),
+        held_out=0,
+        reference=0,
+        captions=options.captions,
+        mode=which if which != "none" else "add",
+    )
+    work = run_loop(settings, folder, seed)
+    anomalous = samples(work) if which != "none" else []
+    learn = importlib.import_module(f"edgead.server_side.detectors.{METHODS[method]}").learn
+    trained = TrainedOptions(preprocessing=Preprocessing(options.size, options.size), steps=options.steps, seed=seed)
+    checkpoint = folder / f"{method}-{which}.training"
+    start = time.perf_counter()
+    learned = learn(list_images(work.normals), trained, anomalous, checkpoint=checkpoint)
+    seconds = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as scratch:
+        detector = learned.write(Path(scratch) / "x.detector")
+        export_bundle(detector, Path(scratch) / "x.bundle", ["onnx"])
+        result = evaluate_bundle(Path(scratch) / "x.bundle", data, target="onnx", limit=options.limit)
+    checkpoint.unlink(missing_ok=True)
+    kinds = {kind.kind: kind for kind in result.kinds}
+    return {
+        "normals": settings.normals,
+        "anomalies": len(anomalous),
+        "tested": len(result.outcomes),
+        "fit_seconds": seconds,
+        **{figure: getattr(kinds["all"], figure) for figure in FIGURES},
+        "auroc_by_type": {name: kind.auroc for name, kind in kinds.items() if name not in ("all", "good")},
+        "milliseconds": result.milliseconds,
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    """A table for each data set: figure without anomalies, and with each set."""
+    for data, methods in found.items():
+        rows = []
+        for method, sets in methods.items():
+            row: list[Any] = [method, max(len(cells) for cells in sets.values())]
+            for figure in FIGURES:
+                for which in SETS:
+                    values = [cell[figure] for cell in sets.get(which, {}).values() if cell[figure] is not None]
+                    row.append(f"{statistics.fmean(values):.3f}" if values else "-")
+            rows.append(row)
+        head = [
+            "method",
+            "seeds",
+            *(f"{'image' if f == 'auroc' else 'pixel'} {which}" for f in FIGURES for which in SETS),
+        ]
+        print(f"\n{data}: AUROC without generated anomalies, with KKA add, with KKA rep")
+        print(table(head, rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
