@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 import itertools
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def measured(settings: LoopSettings, work: Path, seed: int, modes: list[str], wi
         if not without_training:
             shares = kept(
                 folder / f"reference-{mode}.json",
-                lambda run=run: [  # type: ignore[misc]
+                lambda run=run: [
                     with_measures().hard_by_reference(run, number) for number in range(settings.rounds + 1)
                 ],
             )
@@ -107,7 +108,7 @@ def claims(found: dict[str, Any], last: int) -> dict[str, Any]:
     """What was promised -> whether the mean over the seeds says so, and how many seeds do."""
     answers: dict[str, Any] = {}
 
-    def ask(claim: str, values: list[tuple[float, ...]], holds: Any) -> None:
+    def ask(claim: str, values: Sequence[tuple[float, ...]], holds: Any) -> None:
         if values and all(value is not None for each in values for value in each):
             mean = tuple(statistics.fmean(each) for each in zip(*values, strict=True))
             answers[claim] = {"mean": bool(holds(mean)), "seeds": sum(bool(holds(each)) for each in values)}

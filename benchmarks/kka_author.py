@@ -99,11 +99,11 @@ def make_author(
     with new_folder(folder) as made:
         network.eval().save_pretrained(str(made))
         tokenizer.save_pretrained(str(made))
-    tokens = float(np.mean([sum(label != -100 for label in wanted) for _, wanted in rows]))
+    length = float(np.mean([sum(label != -100 for label in wanted) for _, wanted in rows]))
     return {
         "seconds": time.perf_counter() - start,
         "loss": float(loss.detach()),
-        "entropy": float(np.log(grammar.sentences)) / tokens,
+        "entropy": float(np.log(grammar.sentences)) / length,
         "parameters": float(sum(parameter.numel() for parameter in network.parameters())),
     }
 
@@ -120,6 +120,7 @@ def word_tokenizer(texts: Sequence[str]) -> Any:
     )
     inner.pre_tokenizer = splitter
     inner.decoder = tokenizers.decoders.Fuse()
-    return transformers.PreTrainedTokenizerFast(
+    kind: Any = transformers.PreTrainedTokenizerFast
+    return kind(
         tokenizer_object=inner, eos_token=_END, unk_token=_UNKNOWN, pad_token=_END, clean_up_tokenization_spaces=False
     )

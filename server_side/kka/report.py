@@ -23,6 +23,8 @@ from edgead.server_side.kka.work import WorkFolder
 _SHOWN = 12
 _SIDE = 220
 _BINS = 48
+_IN_A_ROW = 7
+_ROW = f"grid-template-columns:repeat({_IN_A_ROW},minmax(0,1fr))"
 
 
 def write_report(work: WorkFolder, output: Path | None = None) -> Path:
@@ -59,6 +61,8 @@ def report_html(work: WorkFolder) -> str:
     measured = _auroc_table(work, numbers)
     if measured:
         body += ["<h2>What it is worth</h2>", measured]
+    if len(rounds) > 1:
+        body += ["<h2>Round by round</h2>", _side_by_side(work, numbers)]
     for each in rounds:
         body += [f"<h2>KKA({each['round']})</h2>", _gallery(work, each["round"])]
     body += ["<h2>After which normals</h2>", _representatives(work), "<h2>Cost</h2>", _costs(rounds)]
@@ -145,8 +149,8 @@ def _distances(work: WorkFolder, rounds: Sequence[dict[str, Any]]) -> str:
                     f'<rect x="{x:.1f}" y="{base - tall:.1f}" width="{width / _BINS - 0.5:.1f}" '
                     f'height="{tall:.1f}" fill="{colour}"/>'
                 )
-        parts.append(_label(left - 6, base - 10, name, "end", INK))
-        parts.append(_label(left - 6, base + 1, str(len(found)), "end"))
+        parts.append(_label(left - 6, base - 13, name, "end", INK))
+        parts.append(_label(left - 6, base - 1, str(len(found)), "end"))
     edge = left + (0 - low) / (high - low) * width
     parts.append(
         f'<line x1="{edge:.1f}" y1="{top}" x2="{edge:.1f}" y2="{top + height}" stroke="{INK}" stroke-dasharray="4 3"/>'
@@ -187,11 +191,27 @@ def _gallery(work: WorkFolder, number: int) -> str:
             continue
         # Spread over all distances, so that a page shows the whole range and not its edge.
         places = np.unique(np.linspace(0, len(chosen) - 1, min(_SHOWN, len(chosen))).astype(int))
-        parts.append(f'<h3>{len(chosen)} <span class="{kind}">{title}</span>, {len(places)} of them</h3>')
+        shown = "" if len(places) == len(chosen) else f", {len(places)} of them"
+        parts.append(f'<h3>{len(chosen)} <span class="{kind}">{title}</span>{shown}</h3>')
         parts.append('<div class="grid">')
         parts += [_figure(work, images[chosen[at].parent], captions, chosen[at]) for at in places.tolist()]
         parts.append("</div>")
     return "".join(parts)
+
+
+def _side_by_side(work: WorkFolder, numbers: Sequence[int]) -> str:
+    """One row of pictures for each round, evenly over its distances, as the paper's figure 4: what became of them."""
+    parts = []
+    for number in numbers:
+        captions = {record.id: record.text for record in work.records(Caption, number)}
+        images = {record.id: record for record in work.records(Image, number)}
+        judged = [record for record in work.records(Judgement, number) if not record.faint]
+        judged.sort(key=lambda record: record.distance / record.limit)
+        places = np.unique(np.linspace(0, len(judged) - 1, min(_IN_A_ROW, len(judged))).astype(int))
+        cells = "".join(_figure(work, images[judged[at].parent], captions, judged[at]) for at in places.tolist())
+        parts.append(f'<h3>KKA({number})</h3><div class="grid" style="{_ROW}">{cells}</div>')
+    note = '<p class="note">From the hardest on the left to the easiest on the right, evenly over those that count.</p>'
+    return "".join(parts) + note
 
 
 def _figure(work: WorkFolder, image: Image, captions: dict[str, str], judged: Judgement) -> str:
@@ -201,9 +221,11 @@ def _figure(work: WorkFolder, image: Image, captions: dict[str, str], judged: Ju
     except EdgeadError as error:
         return f"<figure><figcaption>{html.escape(image.id)}: {html.escape(error.got)}</figcaption></figure>"
     ratio = judged.distance / judged.limit
+    kind = '<span class="ng">hard</span>' if judged.hard else '<span class="ok">easy</span>'
+    seen = f", visible {image.visible:.0f}" if image.mask else ""
     return (
         f'<figure><img src="{source}" alt="{html.escape(text, quote=True)}"><figcaption>{html.escape(text)}<br>'
-        f"{html.escape(image.id)}, {ratio:.2g} x limit</figcaption></figure>"
+        f"{kind}, {ratio:.2f} x limit{seen}<br>{html.escape(image.id)}</figcaption></figure>"
     )
 
 
