@@ -99,6 +99,7 @@ def measured(settings: LoopSettings, work: Path, seed: int, modes: list[str], wi
             for each, share in zip(found["rounds"][mode], shares, strict=True):
                 each["hard_share_by_reference"] = share
     if not without_training:
+        # Each set's worth is kept by itself, for a work that takes minutes to be ended without loss.
         found["worth"] = kept(folder / f"worth-{'-'.join(modes)}.json", lambda: with_measures().worth(runs))
         found["tests"] = kept(folder / "tests.json", lambda: with_measures().counts)
     return found

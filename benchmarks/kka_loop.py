@@ -46,7 +46,7 @@ class LoopSettings:
         images: of each caption; one with hard and easy ones is neither chosen nor rejected.
         rounds: after round 0.
         mode: add or rep.
-        evaluator: each or first.
+        evaluator: each, or first: that of round 0 judges all rounds, so that their shares are of one measure.
         folds: of the evaluator.
         quantile: of the normals' distances up to which an anomaly is hard.
         floor: of visibility.
@@ -63,11 +63,11 @@ class LoopSettings:
     normals: int = 120
     held_out: int = 80
     reference: int = 120
-    captions: int = 150
+    captions: int = 120
     images: int = 2
     rounds: int = 2
     mode: str = "add"
-    evaluator: str = "each"
+    evaluator: str = "first"
     folds: int = 2
     quantile: float = 0.9
     floor: float = 8.0
@@ -119,7 +119,7 @@ def normal_pictures(settings: LoopSettings, folder: Path, seed: int) -> None:
                     link.symlink_to(photograph)
 
 
-def author_folder(settings: LoopSettings, folder: Path, seed: int, *, steps: int = 300) -> Path:
+def author_folder(settings: LoopSettings, folder: Path, seed: int, *, steps: int = 260) -> Path:
     """The author of a seed, trained if it was not."""
     made = folder / "author"
     if not made.exists():

@@ -9,7 +9,8 @@ tried on; and as the reference was trained as KKA(0) is, hard means hard for wha
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,10 @@ from edgead.server_side.kka.stages import hard_limit
 from edgead.server_side.kka.work import WorkFolder
 from edgead.server_side.metrics import auroc
 
-PAINTED_TESTS = 240
-TRAININGS = 3
+PAINTED_TESTS = 160
+TRAININGS = 2
 """Deep SAD is trained so often with each set, from different weights; means are reported."""
-STEPS = 240
+STEPS = 160
 _HELD_OUT = 0.2
 
 
@@ -102,7 +103,7 @@ class Measures:
     """Everything that runs of one seed are measured with; maps are made once."""
 
     def __init__(self, settings: LoopSettings, folder: Path, seed: int) -> None:
-        self._settings, self._seed = settings, seed
+        self._settings, self._seed, self._folder = settings, seed, folder
         self._backbone: Backbone = load_backbone("embedded").eval()
         self._normals = self._maps([read_image(path) for path in list_images(folder / "normals")])
         good = self._maps([read_image(path) for path in list_images(folder / "held")])
@@ -116,10 +117,6 @@ class Measures:
         hard = self.reference.distances(self._tests) < self._limit
         self._hard_tests = ~self._anomalous | hard
         self.counts = {"good": len(good), "painted": len(bad), "hard": int((hard & self._anomalous).sum())}
-        # Uniform sentences again, for as many images as the largest set has.
-        self._uniform = self._maps(
-            painted_apart(folder / "normals", 2 * settings.captions * (settings.rounds + 1), settings.floor, seed + 7)
-        )
 
     def hard_by_reference(self, work: WorkFolder, number: int) -> float | None:
         """Share of a round's visible images that the reference finds hard: one measure for all rounds and runs."""
@@ -135,23 +132,37 @@ class Measures:
         Args:
             works: the finished runs by mode.
         """
-        sets: dict[str, Tensor] = {"no anomalies": self._uniform[:0]}
+        sets: dict[str, Callable[[], Tensor]] = {"no anomalies": lambda: self._maps([])}
         for mode, work in works.items():
             for number in range(work.config.rounds + 1):
-                if number or mode == "add" or len(works) == 1:
-                    name = f"KKA({number}) {mode}" if number else "KKA(0)"
-                    sets[name] = self._set(work, number)
+                name = f"KKA({number}) {mode}" if number else "KKA(0)"
+                sets[name] = lambda work=work, number=number: self._set(work, number)  # type: ignore[misc]
         add = works.get("add")
         if add is not None:
             last = add.config.rounds
-            sets[f"uniform, as many as KKA({last}) add"] = self._uniform[: len(sets[f"KKA({last}) add"])]
-            hard, easy = self._set(add, last, "hard"), self._set(add, last, "easy")
-            rng = np.random.default_rng(self._seed)
-            count = min(len(hard), len(easy))
-            for name, maps in (("hard", hard), ("easy", easy)):
-                chosen = torch.from_numpy(np.sort(rng.permutation(len(maps))[:count]))
-                sets[f"{name} only, at equal number"] = maps[chosen]
-        return {name: self._worth(maps) for name, maps in sets.items()}
+            sets["hard only, at equal number"] = lambda: self._equal(add, "hard")
+            sets["easy only, at equal number"] = lambda: self._equal(add, "easy")
+            # Sentences drawn uniformly again: what the number of images does by itself.
+            sets[f"uniform, as many as KKA({last}) add"] = lambda: self._uniform(len(members(add, last)))
+        (self._folder / "worth").mkdir(exist_ok=True)
+        return {
+            name: kept(
+                self._folder / "worth" / f"{re.sub('[^a-zA-Z0-9]+', '-', name)}.json",
+                lambda make=make: self._worth(make()),
+            )
+            for name, make in sets.items()
+        }
+
+    def _equal(self, work: WorkFolder, only: str) -> Tensor:
+        """As many hard or easy images of the last set as there are of the rarer kind."""
+        last = work.config.rounds
+        count = min(len(members(work, last, only=kind)) for kind in ("hard", "easy"))
+        maps = self._set(work, last, only)
+        chosen = np.random.default_rng(self._seed).permutation(len(maps))[:count]
+        return maps[torch.from_numpy(np.sort(chosen))]
+
+    def _uniform(self, count: int) -> Tensor:
+        return self._maps(painted_apart(self._folder / "normals", count, self._settings.floor, self._seed + 7))
 
     def _worth(self, anomalies: Tensor) -> dict[str, float]:
         found: dict[str, list[float]] = {"hard": [], "all": []}
