@@ -31,7 +31,7 @@ from edgead.runtime.progress import Progress
 from edgead.server_side.backbones import load_backbone
 from edgead.server_side.detectors.trained import Samples, TrainedOptions
 from edgead.server_side.detectors.training import Schedule, batch_of, train
-from edgead.server_side.distil_data import split_paths, with_defects
+from edgead.server_side.distil_data import PAINTED, split_paths, with_defects
 from edgead.server_side.distil_student import METHOD, StudentDecoder, student_modules
 from edgead.server_side.distil_teacher import Teacher, resized
 from edgead.server_side.learned import Learned, base_card, calibrated, golden_frames
@@ -175,7 +175,7 @@ def distil(
     def seen(normals: Sequence[Path], anomalies: Sequence[Path], label: str) -> tuple[list[Tensor], Tensor]:
         maps: list[list[Tensor]] = [[] for _ in backbone.strides]
         targets: list[Tensor] = []
-        with Progress(label, 2 * len(normals) + len(anomalies)) as progress:
+        with Progress(label, (1 + PAINTED) * len(normals) + len(anomalies)) as progress:
             for frame in progress.track(with_defects(normals, anomalies, options.seed)):
                 tiles = prepare(frame, preprocessing)
                 digest.update(tiles.tobytes())

@@ -15,6 +15,9 @@ from edgead.server_side.detectors.trained import divided
 from edgead.server_side.painting import DEFECTS, paint_defect
 from edgead.server_side.photographs import enough, read_photograph
 
+PAINTED = 3
+"""Pictures with a painted defect for each photograph: what a student has to tell apart is made of them alone."""
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -37,7 +40,7 @@ class Parts:
             "trained_on": len(self.train),
             "stopped_by": len(self.stop),
             "calibrated_on": len(self.calibration),
-            "painted": len(self.train) + len(self.stop),
+            "painted": PAINTED * (len(self.train) + len(self.stop)),
             "anomalies": len(self.anomalies) + len(self.stop_anomalies),
         }
 
@@ -76,13 +79,14 @@ def painted_on(frame: Frame, name: str, seed: int) -> tuple[Frame, NDArray[np.bo
 
 
 def with_defects(normal: Sequence[Path], anomalous: Sequence[Path], seed: int) -> Iterator[Frame]:
-    """Each photograph, each with a painted defect, then the anomalies: 2 N + M frames."""
+    """Each photograph, each with `PAINTED` painted defects, then the anomalies: (1 + PAINTED) N + M frames."""
     for path in normal:
         frame = read_photograph(path)
         yield frame
-        yield painted_on(frame, path.name, seed)[0]
+        for number in range(PAINTED):
+            yield painted_on(frame, f"{path.name} {number}", seed)[0]
     for path in anomalous:
         yield read_photograph(path)
 
 
-__all__ = ["Parts", "painted_on", "split_paths", "with_defects"]
+__all__ = ["PAINTED", "Parts", "painted_on", "split_paths", "with_defects"]

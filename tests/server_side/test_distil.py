@@ -110,7 +110,7 @@ def test_parts_never_mix_and_painted_defects_differ_between_them(painted_normals
     assert mask.any()
     assert np.array_equal(painted, again)
     assert not np.array_equal(painted, other)
-    assert len(list(with_defects(paths[:2], paths[3:4], 0))) == 5
+    assert len(list(with_defects(paths[:2], paths[3:4], 0))) == 9
 
 
 def test_a_teacher_without_a_map_or_of_another_region_is_refused(painted_normals: Path, small_detector: Path) -> None:
