@@ -46,6 +46,7 @@ class LoopSettings:
         images: of each caption; one with hard and easy ones is neither chosen nor rejected.
         rounds: after round 0.
         mode: add or rep.
+        author_steps: of teaching it the grammar. One that is half taught forgets it while preferences tune it.
         evaluator: each, or first: that of round 0 judges all rounds, so that their shares are of one measure.
         folds: of the evaluator.
         quantile: of the normals' distances up to which an anomaly is hard.
@@ -63,20 +64,21 @@ class LoopSettings:
     normals: int = 120
     held_out: int = 80
     reference: int = 120
-    captions: int = 120
+    captions: int = 200
     images: int = 2
     rounds: int = 2
     mode: str = "add"
+    author_steps: int = 600
     evaluator: str = "first"
     folds: int = 2
-    quantile: float = 0.9
+    quantile: float = 0.8
     floor: float = 8.0
-    evaluator_steps: int = 240
+    evaluator_steps: int = 500
     evaluator_rate: float = 5e-4
     top_p: float = 0.95
     pairs: int = 256
-    prefer_steps: int = 60
-    prefer_rate: float = 1e-3
+    prefer_steps: int = 70
+    prefer_rate: float = 7e-4
 
     @property
     def class_name(self) -> str:
@@ -119,11 +121,13 @@ def normal_pictures(settings: LoopSettings, folder: Path, seed: int) -> None:
                     link.symlink_to(photograph)
 
 
-def author_folder(settings: LoopSettings, folder: Path, seed: int, *, steps: int = 260) -> Path:
+def author_folder(settings: LoopSettings, folder: Path, seed: int) -> Path:
     """The author of a seed, trained if it was not."""
     made = folder / "author"
     if not made.exists():
-        facts = make_author(made, GRAMMAR, [settings.prompt], seed=seed, width=64, batch=32, steps=steps)
+        facts = make_author(
+            made, GRAMMAR, [settings.prompt], seed=seed, width=64, batch=32, steps=settings.author_steps
+        )
         note(f"author: {json.dumps({name: round(value, 3) for name, value in facts.items()})}")
         (folder / "author.json").write_text(json.dumps(facts))
     return made
