@@ -38,7 +38,7 @@ from edgead.server_side.metrics import auroc
 PAINTED_TESTS = 160
 TRAININGS = 2
 """Deep SAD is trained so often with each set, from different weights; means are reported."""
-STEPS = 160
+STEPS = 600
 _HELD_OUT = 0.2
 
 
