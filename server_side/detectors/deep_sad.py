@@ -10,6 +10,8 @@ The score of a frame is |phi(x) - c|^2; there is no map. c is knowledge, phi is 
 
 Ours: phi is a small bias-free convolutional network over the maps of a frozen pretrained backbone, in place of a LeNet
 that an autoencoder pretrained: a few hundred photographs are enough for it, and a centre cannot be reached by biases.
+Ours too: where there are more anomalies than normals, as after some rounds of KKA, a batch has half of each; by their
+numbers the few normals would hardly be seen.
 """
 
 from __future__ import annotations
@@ -186,6 +188,7 @@ class SphereTask:
         self._anomalous = torch.arange(len(self._maps)) >= len(normals)
         self._held = torch.cat([stop, stop_anomalies])
         self._held_anomalous = torch.arange(len(self._held)) >= len(stop)
+        self._normals, self._anomalies = len(normals), len(anomalies)
         self._eta, self._batch, self._seed = eta, batch, seed
         self._rate, self._steps = learning_rate, steps
         network = SphereNetwork(normals.shape[1], seed=seed)
@@ -208,8 +211,7 @@ class SphereTask:
         """One step of Adam on a batch of normals and anomalies."""
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate * (0.1 if number >= 0.75 * self._steps else 1.0)
-        # The network's normalisation needs more than one frame where a map is a single cell.
-        places = batch_of(len(self._maps), max(2, min(self._batch, len(self._maps))), self._seed, number)
+        places = self._batch_of_step(number)
         embedding = self.module.network(self._maps[places])
         loss = sphere_loss(embedding, self._anomalous[places], self.module.centre, eta=self._eta)
         self._optimizer.zero_grad(set_to_none=True)
@@ -219,8 +221,24 @@ class SphereTask:
 
     def validate(self) -> float:
         """The same loss over what is held out."""
-        embedding = embedded(self.module.network, self._held)
-        return float(sphere_loss(embedding, self._held_anomalous, self.module.centre, eta=self._eta))
+        embedding, anomalous = embedded(self.module.network, self._held), self._held_anomalous
+        if self._anomalies <= self._normals or not anomalous.any():
+            return float(sphere_loss(embedding, anomalous, self.module.centre, eta=self._eta))
+        halves = [
+            sphere_loss(embedding[part], anomalous[part], self.module.centre, eta=self._eta)
+            for part in (anomalous, ~anomalous)
+        ]
+        return float(sum(halves) / 2)
+
+    def _batch_of_step(self, number: int) -> Tensor:
+        """Which frames a step sees: by their numbers, but never more anomalies than normals."""
+        # The network's normalisation needs more than one frame where a map is a single cell.
+        batch = max(2, min(self._batch, len(self._maps)))
+        if self._anomalies <= self._normals:
+            return batch_of(len(self._maps), batch, self._seed, number)
+        half = batch // 2
+        anomalies = batch_of(self._anomalies, half, self._seed, number) + self._normals
+        return torch.cat([batch_of(self._normals, batch - half, self._seed, number), anomalies])
 
 
 class _Sphere(nn.Module):

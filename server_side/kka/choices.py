@@ -48,7 +48,8 @@ def collect(work: WorkFolder, number: int) -> list[Member]:
 def preferences(work: WorkFolder, number: int) -> list[Preference]:
     """Pairs of a hard caption, chosen, and an easy one, rejected. None where a round has only one kind.
 
-    A caption with images of both kinds is neither. Pairs are drawn by the run's seed, each hard caption as often as
+    With `prefer.reject_faint` captions of too faint anomalies are rejected too. A caption with images of both kinds is
+    neither. Pairs are drawn by the run's seed, each hard caption as often as
     any other.
     """
     if work.is_done("preferences", number):
@@ -60,7 +61,7 @@ def preferences(work: WorkFolder, number: int) -> list[Preference]:
     hard: set[str] = set()
     easy: set[str] = set()
     for record in work.records(Judgement, number):
-        if not record.faint:
+        if not record.faint or work.config.prefer.reject_faint:
             (hard if record.hard else easy).add(images[record.parent])
     chosen, rejected = sorted(hard - easy), sorted(easy - hard)
     rng = np.random.default_rng(seed_of(work.config.seed, "preferences", number))

@@ -92,6 +92,7 @@ pairs = 256
 steps = 150
 batch = 4
 accumulate = 4
+reject_faint = true            # captions of too faint anomalies are rejected like easy ones
 target_modules = []
 
 [evaluate]                     # labelled pictures on which the sets of rounds are compared; nothing rests on them

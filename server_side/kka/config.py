@@ -122,6 +122,9 @@ class Prefer(Struct, frozen=True, forbid_unknown_fields=True):
     batch: Positive = 4
     accumulate: Positive = 4
     """Batches that are summed before a step."""
+    reject_faint: bool = True
+    """Captions of too faint anomalies are rejected like easy ones. Ours: hardest of all is what nobody can see, and an
+    author drifts there unless it is told not to."""
     target_modules: tuple[str, ...] = ()
     """Layers with adapters; empty for those that peft knows of the architecture."""
 
