@@ -17,7 +17,7 @@ from edgead.runtime.image import read_image
 from edgead.runtime.preprocess import prepare
 from edgead.runtime.spec import Preprocessing
 from edgead.server_side.datasets import Sample, read_mask, test_samples
-from edgead.server_side.painting import DEFECTS, paint_defect
+from edgead.server_side.painting import paint_defect
 from edgead.server_side.painting_parts import MATERIALS, SMALLEST, paint_part
 
 PAINTED = 240
@@ -44,6 +44,10 @@ class MaskedPicture(NamedTuple):
     shown: int = -1
 
 
+KINDS = ("scratch", "dent", "stain", "thread", "crack", "hole")
+"""Defects of a painted set. Named here, so that projections stay the same when the painter learns other kinds."""
+
+
 @dataclass(frozen=True, eq=False)
 class Auxiliary:
     """A set of pictures with masks.
@@ -68,7 +72,7 @@ def painted_auxiliary(
     count: int = PAINTED,
     *,
     seed: int = 0,
-    kinds: Sequence[str] = DEFECTS,
+    kinds: Sequence[str] = KINDS,
     materials: Sequence[str] = tuple(MATERIALS),
 ) -> Auxiliary:
     """Painted parts, every second one with a defect; kinds and materials take turns.

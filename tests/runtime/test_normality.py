@@ -349,10 +349,15 @@ def test_sentences_come_and_go_at_full_speed_and_no_frame_is_mixed_or_lost(
 
         thread = threading.Thread(target=swap)
         thread.start()
-        results = [(capture.name, result) for capture, result in Stream(inspector, Frames(frame, names))]
+        results: list[tuple[str, Any]] = []
+        turns = 0
+        # On a busy machine a whole pass of frames may end before a swap does.
+        while turns < 20 and len({result.knowledge for _, result in results}) < 2:
+            results += [(capture.name, result) for capture, result in Stream(inspector, Frames(frame, names))]
+            turns += 1
         ended.set()
         thread.join()
-    assert [name for name, _ in results] == names
+    assert [name for name, _ in results] == names * turns
     assert all(answer(result) == truth[result.knowledge] for _, result in results)
     assert len({result.knowledge for _, result in results}) > 1
 
