@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from edgead.detector_file import weights_digest
 from edgead.runtime.spec import KnowledgePort, Port, Preprocessing
 from edgead.server_side.backbones import Backbone, load_backbone
+from edgead.server_side.detectors.frozen_maps import joined_maps, maps_of
 from edgead.server_side.detectors.trained import Anomalies, Samples, TrainedOptions, load_data
 from edgead.server_side.detectors.training import History, Schedule, batch_of, generator, train
 from edgead.server_side.learned import Learned, Modules, base_card, calibrated, golden_frames
@@ -46,7 +47,6 @@ WEIGHT_DECAY = 0.5e-6
 """Published settings of KKA; the learning rate falls to a tenth for the last quarter."""
 WIDTH = 64
 DIMENSIONS = 64
-_BATCH_EMBEDDED = 16
 
 
 class SphereNetwork(nn.Module):
@@ -80,24 +80,6 @@ class SphereNetwork(nn.Module):
         pooled = torch.cat([hidden.mean((2, 3)), hidden.amax((2, 3))], dim=1)
         found: Tensor = self.last(pooled)
         return found
-
-
-def joined_maps(backbone: Backbone, image: Tensor) -> Tensor:
-    """All maps of a backbone at the grid of the coarsest, side by side.
-
-    Args:
-        backbone: frozen.
-        image: uint8 RGB [B, H, W, 3].
-
-    Returns:
-        float32 [B, C, h, w].
-    """
-    maps = backbone(image.permute(0, 3, 1, 2).float() * (1.0 / 255.0))
-    strides = backbone.strides
-    coarsest = max(strides)
-    return torch.cat(
-        [each if s == coarsest else F.avg_pool2d(each, coarsest // s) for each, s in zip(maps, strides, strict=True)], 1
-    )
 
 
 class DeepSadTrunk(nn.Module):
@@ -254,18 +236,6 @@ def embedded(network: SphereNetwork, maps: Tensor) -> Tensor:
     with torch.inference_mode():
         parts = [network(maps[at : at + 64]) for at in range(0, len(maps), 64)]
     return torch.cat(parts).clone() if parts else torch.zeros(0, network.last.out_features)
-
-
-def maps_of(backbone: Backbone, frames: NDArray[np.uint8]) -> Tensor:
-    """`joined_maps` of many frames uint8 [N, H, W, 3], in batches, without gradients."""
-    channels = sum(backbone.channels)
-    height, width = (side // max(backbone.strides) for side in frames.shape[1:3])
-    found = torch.empty(len(frames), channels, height, width)
-    with torch.inference_mode():
-        for at in range(0, len(frames), _BATCH_EMBEDDED):
-            part = torch.from_numpy(np.ascontiguousarray(frames[at : at + _BATCH_EMBEDDED]))
-            found[at : at + len(part)] = joined_maps(backbone, part)
-    return found
 
 
 def deep_sad_modules(backbone: Backbone, network: SphereNetwork, preprocessing: Preprocessing) -> Modules:
