@@ -18,14 +18,11 @@ bytes as one that was not.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,6 +47,7 @@ from edgead.server_side.backbones.targets import (
     view_of,
 )
 from edgead.server_side.backbones.validation import find_images
+from edgead.server_side.interruption import interruption
 
 __all__ = ["DistilConfig", "Distillation", "distil"]
 
@@ -135,7 +133,7 @@ class Distillation:
         end = self.end if until is None else min(self.end, until)
         started, before = time.monotonic(), self.seconds
         recent: list[list[float]] = []
-        with Progress("distillation", end - self.step) as progress, _interruption() as interrupted:
+        with Progress("distillation", end - self.step) as progress, interruption() as interrupted:
             while self.step < end:
                 recent.append(self._train_step(self.step))
                 self.step += 1
@@ -265,20 +263,6 @@ class Distillation:
                 next_step="Name another checkpoint, or start afresh without --resume.",
             )
         return cast(dict[str, Any], found)
-
-
-@contextlib.contextmanager
-def _interruption() -> Iterator[threading.Event]:
-    """Ctrl-C as an event, so that no step is left half done. Outside the main thread it is never set."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    previous = signal.signal(signal.SIGINT, lambda *_: event.set())
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def distil(

@@ -6,14 +6,11 @@ weights of one that was not, on the same machine and with the same number of thr
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import io
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +22,7 @@ from torch.optim import Optimizer
 from edgead.runtime.errors import DetectorError, FailureError
 from edgead.runtime.files import write_file
 from edgead.runtime.progress import Progress
+from edgead.server_side.interruption import interruption
 
 _KEEP_S = 30.0
 """Seconds between two checkpoints."""
@@ -152,7 +150,7 @@ def train(task: Task, schedule: Schedule, *, label: str, checkpoint: Path | None
     started, kept = time.monotonic(), time.monotonic()
     before = history.seconds
     recent: list[dict[str, float]] = []
-    with _interruption() as interrupted, Progress(label, schedule.steps) as progress:
+    with interruption() as interrupted, Progress(label, schedule.steps) as progress:
         progress.advance(history.steps)
         while history.steps < schedule.steps and not history.stopped:
             task.module.train()
@@ -246,20 +244,6 @@ def _keep(task: Task, history: History, best: dict[str, Any] | None, checkpoint:
         buffer,
     )
     write_file(checkpoint, buffer.getvalue())
-
-
-@contextlib.contextmanager
-def _interruption() -> Iterator[threading.Event]:
-    """Ctrl-C as an event, so that no step is left half done. Outside the main thread it is never set."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    previous = signal.signal(signal.SIGINT, lambda *_: event.set())
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 __all__ = ["History", "Schedule", "Task", "batch_of", "generator", "train"]
