@@ -291,8 +291,9 @@ def test_projections_trained_by_named_types_tell_a_sentence_apart_from_the_other
         on = {kind: suppressed[shown.kinds == kind][shown.masks[shown.kinds == kind]].mean() for kind in painted.KINDS}
         assert on[said] > 0.4
         assert on[said] > 2.0 * max(share for kind, share in on.items() if kind != said)
-        # What the sentence is about is passed rather than before; the others are found as they were.
-        assert shown.against_good(said, after) <= shown.against_good(said, before)
+        # What the sentence is about loses most of its score; the others are found as they were. (The rank against
+        # good parts would not show it: they are close to 0, and what is left of a thread may still lie above them.)
+        assert after[shown.kinds == said].mean() < 0.6 * before[shown.kinds == said].mean()
         for kind in painted.KINDS:
             if kind != said:
                 assert abs(shown.against_good(kind, after) - shown.against_good(kind, before)) < 0.02
