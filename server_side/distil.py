@@ -34,7 +34,7 @@ from edgead.server_side.detectors.training import Schedule, batch_of, train
 from edgead.server_side.distil_data import PAINTED, split_paths, with_defects
 from edgead.server_side.distil_student import METHOD, StudentDecoder, student_modules
 from edgead.server_side.distil_teacher import Teacher, resized
-from edgead.server_side.learned import Learned, base_card, calibrated, golden_frames
+from edgead.server_side.learned import Learned, finished
 
 PAPER = "none: the student repeats its teacher's maps"
 
@@ -209,20 +209,14 @@ def distil(
     history = train(task, schedule, label="student", checkpoint=checkpoint)
     modules = student_modules(backbone, task.module.eval(), preprocessing)
     scale = _scale(task.module, stop_maps, stop_targets)
-    pack, scores = calibrated(
+    learned = finished(
         modules,
-        options.product,
+        options,
         {"map.scale": np.array([scale], np.float32)},
-        parts.calibration,
-        false_alarm_rate=options.false_alarm_rate,
-        by_hand=1.0,
-    )
-    card = base_card(
-        method=METHOD,
         paper=PAPER,
-        calibration=pack.calibration,
-        images=normal,
-        seed=options.seed,
+        normal=normal,
+        held_out=parts.calibration,
+        by_hand=1.0,
         backbone=options.backbone,
         teachers=[
             {"name": name, "method": each.spec.method, "knowledge": each.pack.digest}
@@ -230,10 +224,7 @@ def distil(
         ],
         training=history.facts(),
         data=parts.facts(),
-        held_out_scores=[{"image": name, "score": value} for name, value in scores],
     )
-    golden = golden_frames(normal, preprocessing, options.seed)
-    learned = Learned(modules.trunk, modules.head, modules.spec, pack, golden, card)
     return Distilled(learned, parts.calibration)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from edgead.runtime.spec import KnowledgePort, Port, Preprocessing
 from edgead.server_side.backbones import Backbone
-from edgead.server_side.detectors.memory_bank import smoothing_matrix
+from edgead.server_side.detectors.map_head import MapHead
 from edgead.server_side.detectors.training import generator
 from edgead.server_side.learned import Modules
 
@@ -74,7 +74,7 @@ class StudentTrunk(nn.Module):
         return found.flatten(1)
 
 
-class StudentHead(nn.Module):
+class StudentHead(MapHead):
     """Logarithms -> score and map.
 
     Args:
@@ -83,14 +83,8 @@ class StudentHead(nn.Module):
     """
 
     def __init__(self, grid: tuple[int, int], size: tuple[int, int]) -> None:
-        super().__init__()
-        self.up_rows: Tensor
-        self.up_columns: Tensor
-        self.grid = grid
         # The teacher's map is smooth already.
-        self.register_buffer("up_rows", torch.from_numpy(smoothing_matrix(grid[0], size[0], 0.0)))
-        columns = torch.from_numpy(smoothing_matrix(grid[1], size[1], 0.0))
-        self.register_buffer("up_columns", columns.T.contiguous())
+        super().__init__(grid, size, sigma=0.0)
 
     def forward(self, logarithms: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Args:
@@ -101,7 +95,7 @@ class StudentHead(nn.Module):
             score float32 [B], anomaly_map float32 [B, H, W].
         """
         values = logarithms.clamp(-10.0, 10.0).exp() * scale
-        return values.amax(1), self.up_rows @ values.reshape(-1, *self.grid) @ self.up_columns
+        return values.amax(1), self.upsampled(values)
 
 
 def student_modules(backbone: Backbone, decoder: StudentDecoder, preprocessing: Preprocessing) -> Modules:

@@ -11,7 +11,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -236,6 +236,64 @@ def base_card(
     }
 
 
+class Finish(Protocol):
+    """What the end of a fit has to know of a method's options."""
+
+    @property
+    def product(self) -> str:
+        """Name of the product in the pack."""
+        ...
+
+    @property
+    def false_alarm_rate(self) -> float:
+        """Wanted share of normal frames called NG."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Of the fit, for the golden frames and the card."""
+        ...
+
+
+def finished(
+    modules: Modules,
+    options: Finish,
+    arrays: Arrays,
+    *,
+    paper: str,
+    normal: Sequence[Path],
+    held_out: Sequence[Path],
+    by_hand: float,
+    **facts: Any,
+) -> Learned:
+    """The end of a fit: thresholds on held-out photographs, the card, and golden frames.
+
+    Args:
+        modules: the detector.
+        options: of the fit.
+        arrays: the knowledge; nothing of it is made of `held_out`.
+        paper: where the method is from, for the card.
+        normal: all photographs of good parts.
+        held_out: those of them that set the threshold.
+        by_hand: see `calibrated`.
+        facts: more for the card.
+    """
+    pack, scores = calibrated(
+        modules, options.product, arrays, held_out, false_alarm_rate=options.false_alarm_rate, by_hand=by_hand
+    )
+    card = base_card(
+        method=modules.spec.method,
+        paper=paper,
+        calibration=pack.calibration,
+        images=normal,
+        seed=options.seed,
+        **facts,
+        held_out_scores=[{"image": name, "score": value} for name, value in scores],
+    )
+    golden = golden_frames(normal, modules.spec.preprocessing, options.seed)
+    return Learned(modules.trunk, modules.head, modules.spec, pack, golden, card)
+
+
 __all__: Sequence[str] = (
     "Arrays",
     "Frame",
@@ -243,6 +301,7 @@ __all__: Sequence[str] = (
     "Modules",
     "base_card",
     "calibrated",
+    "finished",
     "golden_frames",
     "split_normals",
 )

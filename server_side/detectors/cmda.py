@@ -32,7 +32,7 @@ from edgead.runtime.spec import KnowledgePort, Port, Preprocessing
 from edgead.server_side.detectors.text_fitting import open_tower, prompts_for, text_facts
 from edgead.server_side.detectors.trained import Samples, TrainedOptions, load_data
 from edgead.server_side.detectors.training import Schedule, batch_of, generator, train
-from edgead.server_side.learned import Learned, Modules, base_card, calibrated, golden_frames
+from edgead.server_side.learned import Learned, Modules, finished
 from edgead.server_side.prompts.ensembles import winclip
 from edgead.server_side.vision_language import VisionTower, encode_texts
 from edgead.server_side.vision_language.options import VisionLanguageOptions
@@ -326,28 +326,19 @@ def learn(
     )
     schedule = Schedule(extras.steps, validate_every=max(1, extras.steps // 30), patience=extras.patience)
     history = train(task, schedule, label="CMDA", checkpoint=checkpoint)
-    pack, scores = calibrated(
+    return finished(
         modules,
-        options.product,
+        options,
         task.module.arrays(),
-        data.calibration,
-        false_alarm_rate=options.false_alarm_rate,
-        by_hand=EVEN_ODDS,
-    )
-    card = base_card(
-        method=METHOD,
         paper=PAPER,
-        calibration=pack.calibration,
-        images=normal,
-        seed=options.seed,
+        normal=normal,
+        held_out=data.calibration,
+        by_hand=EVEN_ODDS,
         **text_facts(model, prompts),
         anomalies_from_sentences={"share": list(extras.share), "bridged": extras.bridge},
         training=history.facts(),
         data=data.facts(),
-        held_out_scores=[{"image": name, "score": value} for name, value in scores],
     )
-    golden = golden_frames(normal, preprocessing, options.seed)
-    return Learned(modules.trunk, modules.head, modules.spec, pack, golden, card)
 
 
 __all__: Sequence[str] = (

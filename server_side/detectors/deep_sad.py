@@ -32,7 +32,7 @@ from edgead.server_side.backbones import Backbone, load_backbone
 from edgead.server_side.detectors.frozen_maps import joined_maps, maps_of
 from edgead.server_side.detectors.trained import Anomalies, Samples, TrainedOptions, load_data
 from edgead.server_side.detectors.training import History, Schedule, batch_of, generator, train
-from edgead.server_side.learned import Learned, Modules, base_card, calibrated, golden_frames
+from edgead.server_side.learned import Learned, Modules, finished
 
 METHOD = "deep-sad"
 PAPER = "Ruff et al., Deep Semi-Supervised Anomaly Detection, ICLR 2020, arXiv 1906.02694"
@@ -336,29 +336,19 @@ def learn(
         checkpoint=checkpoint,
     )
     modules = deep_sad_modules(backbone, network, options.preprocessing)
-    arrays = {"sphere.centre": centre.numpy()[None].astype(np.float32)}
-    pack, scores = calibrated(
+    return finished(
         modules,
-        options.product,
-        arrays,
-        data.calibration,
-        false_alarm_rate=options.false_alarm_rate,
-        by_hand=2.0 * max(history.best, EPS),
-    )
-    card = base_card(
-        method=METHOD,
+        options,
+        {"sphere.centre": centre.numpy()[None].astype(np.float32)},
         paper=PAPER,
-        calibration=pack.calibration,
-        images=normal,
-        seed=options.seed,
+        normal=normal,
+        held_out=data.calibration,
+        by_hand=2.0 * max(history.best, EPS),
         backbone=options.backbone,
         eta=eta,
         training=history.facts(),
         data=data.facts(),
-        held_out_scores=[{"image": name, "score": value} for name, value in scores],
     )
-    golden = golden_frames(normal, options.preprocessing, options.seed)
-    return Learned(modules.trunk, modules.head, modules.spec, pack, golden, card)
 
 
 __all__: Sequence[str] = (

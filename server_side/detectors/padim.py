@@ -29,9 +29,10 @@ from edgead.runtime.progress import Progress
 from edgead.runtime.spec import KnowledgePort, Port, Preprocessing
 from edgead.server_side.backbones import Backbone, load_backbone
 from edgead.server_side.detectors.gaussian import Moments, gaussian_quantile, whitening
-from edgead.server_side.detectors.memory_bank import receptive_sigma, smoothing_matrix
+from edgead.server_side.detectors.map_head import MapHead
+from edgead.server_side.detectors.memory_bank import receptive_sigma
 from edgead.server_side.detectors.trained import Samples, TrainedOptions, refuse_anomalies, split_held_out
-from edgead.server_side.learned import Learned, Modules, base_card, calibrated, golden_frames
+from edgead.server_side.learned import Learned, Modules, finished
 from edgead.server_side.photographs import read_photograph
 
 METHOD = "padim"
@@ -69,23 +70,8 @@ class PadimTrunk(nn.Module):
         return torch.cat(layers, 1).index_select(1, self.channels).flatten(2).transpose(1, 2)
 
 
-class PadimHead(nn.Module):
-    """Embeddings and Gaussians -> score and map.
-
-    Args:
-        grid: rows and columns of positions.
-        size: height and width of the engine's frame, in pixels.
-        sigma: standard deviation in pixels of the map's Gaussian blur.
-    """
-
-    def __init__(self, grid: tuple[int, int], size: tuple[int, int], sigma: float = 4.0) -> None:
-        super().__init__()
-        self.up_rows: Tensor
-        self.up_columns: Tensor
-        self.grid = grid
-        self.register_buffer("up_rows", torch.from_numpy(smoothing_matrix(grid[0], size[0], sigma)))
-        columns = torch.from_numpy(smoothing_matrix(grid[1], size[1], sigma))
-        self.register_buffer("up_columns", columns.T.contiguous())
+class PadimHead(MapHead):
+    """Embeddings and Gaussians -> score and map; a cell is a position."""
 
     def forward(self, embeddings: Tensor, mean: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
         """Args:
@@ -98,7 +84,7 @@ class PadimHead(nn.Module):
         """
         away = (embeddings - mean).permute(1, 2, 0)  # [P, d, B]
         distance = torch.matmul(factor.float(), away).square().sum(1).sqrt()  # [P, B]
-        anomaly_map = self.up_rows @ distance.T.reshape(-1, *self.grid) @ self.up_columns
+        anomaly_map = self.upsampled(distance.T)
         return anomaly_map.amax((1, 2)), anomaly_map
 
 
@@ -171,27 +157,18 @@ def learn(
             # Frame by frame the sums of products would cost more than the network.
             moments.add(modules.embed_prepared(np.concatenate(pictures))["embeddings"])
             progress.advance(len(pictures))
-    pack, scores = calibrated(
+    return finished(
         modules,
-        options.product,
+        options,
         gaussians(moments),
-        held_out,
-        false_alarm_rate=options.false_alarm_rate,
-        by_hand=2.0 * gaussian_quantile(len(channels)),
-    )
-    card = base_card(
-        method=METHOD,
         paper=PAPER,
-        calibration=pack.calibration,
-        images=normal,
-        seed=options.seed,
+        normal=normal,
+        held_out=held_out,
+        by_hand=2.0 * gaussian_quantile(len(channels)),
         backbone=options.backbone,
         dimensions=len(channels),
         data={"statistics_of": len(known), "frames": moments.count, "calibrated_on": len(held_out)},
-        held_out_scores=[{"image": name, "score": value} for name, value in scores],
     )
-    golden = golden_frames(normal, options.preprocessing, options.seed)
-    return Learned(modules.trunk, modules.head, modules.spec, pack, golden, card)
 
 
 __all__: Sequence[str] = (

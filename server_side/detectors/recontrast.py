@@ -46,7 +46,7 @@ from edgead.server_side.detectors.recontrast_losses import MARGIN, alpha_at, cel
 from edgead.server_side.detectors.recontrast_network import Maps, ReContrastNetwork
 from edgead.server_side.detectors.trained import Anomalies, Samples, TrainedOptions, load_data
 from edgead.server_side.detectors.training import Schedule, batch_of, generator, train
-from edgead.server_side.learned import Learned, Modules, base_card, calibrated, golden_frames
+from edgead.server_side.learned import Learned, Modules, finished
 
 METHOD = "recontrast"
 PAPER = "Guo et al., ReContrast: Domain-Specific Anomaly Detection via Contrastive Reconstruction, NeurIPS 2023"
@@ -355,29 +355,20 @@ def learn(
     # A threshold for want of photographs: twice the highest score of the frames that stopped the training.
     pack = modules.pack(options.product, arrays)
     seen = max(float(modules.outputs(modules.embed_prepared(each[None]), pack)["score"][0]) for each in data.stop[:16])
-    pack, scores = calibrated(
+    return finished(
         modules,
-        options.product,
+        options,
         arrays,
-        data.calibration,
-        false_alarm_rate=options.false_alarm_rate,
-        by_hand=2.0 * seen,
-    )
-    card = base_card(
-        method=METHOD,
         paper=PAPER,
-        calibration=pack.calibration,
-        images=normal,
-        seed=options.seed,
+        normal=normal,
+        held_out=data.calibration,
+        by_hand=2.0 * seen,
         backbone=options.backbone,
         margin=margin,
         parameters=sum(each.numel() for each in network.parameters()),
         training=history.facts(),
         data=data.facts(),
-        held_out_scores=[{"image": name, "score": value} for name, value in scores],
     )
-    golden = golden_frames(normal, options.preprocessing, options.seed)
-    return Learned(modules.trunk, modules.head, modules.spec, pack, golden, card)
 
 
 __all__: Sequence[str] = (

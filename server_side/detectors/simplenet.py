@@ -34,12 +34,13 @@ from torch import Tensor, nn
 
 from edgead.runtime.spec import KnowledgePort, Port, Preprocessing
 from edgead.server_side.backbones import Backbone, load_backbone
+from edgead.server_side.detectors.map_head import MapHead
 from edgead.server_side.detectors.masked_cells import ANOMALOUS, NORMAL, cell_labels
-from edgead.server_side.detectors.memory_bank import MemoryBankTrunk, patch_grid, receptive_sigma, smoothing_matrix
+from edgead.server_side.detectors.memory_bank import MemoryBankTrunk, patch_grid, receptive_sigma
 from edgead.server_side.detectors.simplenet_network import HIDDEN, SimpleNetwork, anomalous_l1, scores_of, truncated_l1
 from edgead.server_side.detectors.trained import Anomalies, Samples, TrainedOptions, load_data
 from edgead.server_side.detectors.training import Schedule, batch_of, generator, train
-from edgead.server_side.learned import Learned, Modules, base_card, calibrated, golden_frames
+from edgead.server_side.learned import Learned, Modules, finished
 
 METHOD = "simplenet"
 PAPER = "Liu et al., SimpleNet: A Simple Network for Image Anomaly Detection and Localization, CVPR 2023, 2303.15140"
@@ -73,23 +74,8 @@ class SimpleNetTrunk(nn.Module):
         return found
 
 
-class SimpleNetHead(nn.Module):
-    """Patch scores and their statistics -> image score and anomaly map.
-
-    Args:
-        grid: rows and columns of patches.
-        size: height and width of the engine's frame, in pixels.
-        sigma: standard deviation in pixels of the map's Gaussian blur.
-    """
-
-    def __init__(self, grid: tuple[int, int], size: tuple[int, int], sigma: float = 4.0) -> None:
-        super().__init__()
-        self.up_rows: Tensor
-        self.up_columns: Tensor
-        self.grid = grid
-        self.register_buffer("up_rows", torch.from_numpy(smoothing_matrix(grid[0], size[0], sigma)))
-        columns = torch.from_numpy(smoothing_matrix(grid[1], size[1], sigma))
-        self.register_buffer("up_columns", columns.T.contiguous())
+class SimpleNetHead(MapHead):
+    """Patch scores and their statistics -> image score and anomaly map; a cell is a patch."""
 
     def forward(self, patch_scores: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
         """Args:
@@ -100,7 +86,7 @@ class SimpleNetHead(nn.Module):
             score float32 [B], anomaly_map float32 [B, H, W].
         """
         scores = (patch_scores - statistics[0]) / statistics[1]
-        return scores.amax(1), self.up_rows @ scores.reshape(-1, *self.grid) @ self.up_columns
+        return scores.amax(1), self.upsampled(scores)
 
 
 class PatchSet:
@@ -326,29 +312,20 @@ def learn(
         scores = scores_of(network, stop.flatten(0, 1))
     mean, deviation = float(scores.mean()), max(float(scores.std()), 1e-6)
     modules = simplenet_modules(backbone, network, options.preprocessing)
-    pack, held_out = calibrated(
+    return finished(
         modules,
-        options.product,
+        options,
         {"map.statistics": np.array([mean, deviation], np.float32)},
-        data.calibration,
-        false_alarm_rate=options.false_alarm_rate,
-        by_hand=max(2.0 * (float(scores.max()) - mean) / deviation, 1e-3),
-    )
-    card = base_card(
-        method=METHOD,
         paper=PAPER,
-        calibration=pack.calibration,
-        images=normal,
-        seed=options.seed,
+        normal=normal,
+        held_out=data.calibration,
+        by_hand=max(2.0 * (float(scores.max()) - mean) / deviation, 1e-3),
         backbone=options.backbone,
         noise=noise,
         training=history.facts(),
         data=data.facts(),
         anomalous_patches=len(learned_from.anomalous),
-        held_out_scores=[{"image": name, "score": value} for name, value in held_out],
     )
-    golden = golden_frames(normal, options.preprocessing, options.seed)
-    return Learned(modules.trunk, modules.head, modules.spec, pack, golden, card)
 
 
 __all__: Sequence[str] = (

@@ -31,7 +31,7 @@ from edgead.runtime.spec import KnowledgePort, Port, Preprocessing
 from edgead.server_side.backbones import Backbone, load_backbone
 from edgead.server_side.detectors.gaussian import Floats, Moments, gaussian_quantile, shrunk, whitening
 from edgead.server_side.detectors.trained import Samples, TrainedOptions, refuse_anomalies, split_held_out
-from edgead.server_side.learned import Learned, Modules, base_card, calibrated, golden_frames
+from edgead.server_side.learned import Learned, Modules, finished
 from edgead.server_side.photographs import read_photograph
 
 METHOD = "ssd"
@@ -170,28 +170,19 @@ def learn(
         )
     moments = gaussians(features, clusters, options.seed)
     modules = ssd_modules(backbone, len(moments), options.preprocessing)
-    pack, scores = calibrated(
+    return finished(
         modules,
-        options.product,
+        options,
         knowledge(moments, shrinkage),
-        held_out,
-        false_alarm_rate=options.false_alarm_rate,
-        by_hand=2.0 * gaussian_quantile(features.shape[1]),
-    )
-    card = base_card(
-        method=METHOD,
         paper=PAPER,
-        calibration=pack.calibration,
-        images=normal,
-        seed=options.seed,
+        normal=normal,
+        held_out=held_out,
+        by_hand=2.0 * gaussian_quantile(features.shape[1]),
         backbone=options.backbone,
         clusters=[each.count for each in moments],
         shrinkage=shrinkage,
         data={"statistics_of": len(known), "frames": len(features), "calibrated_on": len(held_out)},
-        held_out_scores=[{"image": name, "score": value} for name, value in scores],
     )
-    golden = golden_frames(normal, options.preprocessing, options.seed)
-    return Learned(modules.trunk, modules.head, modules.spec, pack, golden, card)
 
 
 __all__: Sequence[str] = ("METHOD", "PAPER", "SsdHead", "SsdTrunk", "gaussians", "knowledge", "learn", "ssd_modules")
