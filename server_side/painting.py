@@ -29,6 +29,10 @@ _AT_THE_EDGE = frozenset({"missing part"})
 """Kinds whose random place is at the border of `within`: a piece breaks off at an edge."""
 
 
+class NothingToSeeError(InputError):
+    """Nothing of a defect would lie on the allowed pixels."""
+
+
 def paint_defect(
     image: Picture,
     kind: str,
@@ -61,7 +65,8 @@ def paint_defect(
         no pixel differs from `image`.
 
     Raises:
-        InputError: an unknown kind, a value outside its range, or a place with nothing of `within` near it.
+        InputError: an unknown kind, or a value outside its range.
+        NothingToSeeError: a place with nothing of `within` near it.
         ImageError: `image` is not uint8 RGB, or smaller than 32 pixels.
     """
     _check(image, kind, size, place, colour, contrast, within)
@@ -86,7 +91,7 @@ def paint_defect(
     if kind not in ON_TOP:
         mask &= allowed
     if not mask.any():
-        raise InputError(
+        raise NothingToSeeError(
             wanted=f"a place where a {kind} can be seen",
             got=f"none of the allowed pixels at ({x / width:.2f}, {y / height:.2f})",
             next_step="Name a place on the part, or a larger size.",
@@ -157,4 +162,4 @@ def _place(
     return float(index % width), float(index // width)
 
 
-__all__ = ("DEFECTS", "MATERIALS", "ON_TOP", "PaintedPart", "paint_defect", "paint_part")
+__all__ = ("DEFECTS", "MATERIALS", "ON_TOP", "NothingToSeeError", "PaintedPart", "paint_defect", "paint_part")

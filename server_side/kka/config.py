@@ -82,6 +82,9 @@ class Paint(Struct, frozen=True, forbid_unknown_fields=True):
     """Side of what a pipeline paints, in pixels; the procedural painter keeps the photograph's."""
     images: Positive = 1
     """Images of each caption."""
+    within: Literal["part", "frame"] = "part"
+    """Where on a photograph defects may be. `part`: on the part that `edgead.server_side.part_finder` finds there, and
+    places of a caption are places on it; `frame`: anywhere, also on the background."""
 
 
 class Judge(Struct, frozen=True, forbid_unknown_fields=True):

@@ -21,6 +21,7 @@ from edgead.runtime.errors import EngineError, InputError, OutOfMemoryError, mis
 from edgead.server_side.hub import digest_of, find_model
 from edgead.server_side.kka.config import Paint
 from edgead.server_side.kka.inpainting_masks import drawn_mask
+from edgead.server_side.kka.places import part_of
 from edgead.server_side.kka.procedural import as_grey_as
 from edgead.server_side.kka.seams import Frame, Painted, UndrawableCaptionError, seed_of
 
@@ -216,9 +217,9 @@ class TextToImagePainter(_PipelinePainter):
 class InpaintingPainter(_PipelinePainter):
     """Any inpainting pipeline, on photographs of normal parts.
 
-    The mask is drawn by the seed (`inpainting_masks`). The pipeline sees a cut-out around it: `paint.size` pixels of
-    the photograph, or twice the mask's extent where that is more, so that a small defect on a large photograph is as
-    sharp as what surrounds it. Outside the mask no pixel changes.
+    The mask is drawn by the seed (`inpainting_masks`), on the part unless `paint.within` says otherwise. The pipeline
+    sees a cut-out around it: `paint.size` pixels of the photograph, or twice the mask's extent where that is more, so
+    that a small defect on a large photograph is as sharp as what surrounds it. Outside the mask no pixel changes.
     """
 
     kind = "inpainting"
@@ -243,7 +244,11 @@ class InpaintingPainter(_PipelinePainter):
         side = self._settings.size
         least = _MULTIPLE * min(1.0, max(normal.shape[:2]) / side)
         mask = drawn_mask(
-            (normal.shape[0], normal.shape[1]), caption, np.random.default_rng(seed_of(seed, "mask")), least=least
+            (normal.shape[0], normal.shape[1]),
+            caption,
+            np.random.default_rng(seed_of(seed, "mask")),
+            least=least,
+            part=part_of(normal, self._settings.within),
         )
         rows, columns = _cut_out(mask, side)
         seen, hidden = normal[rows, columns], mask[rows, columns]

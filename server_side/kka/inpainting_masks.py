@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgead.server_side.kka.grammar import SIZES, Defect, chosen, parse
-from edgead.server_side.kka.procedural import place_of
+from edgead.server_side.kka.places import Part, place_of
 from edgead.server_side.kka.seams import UndrawableCaptionError
 from edgead.server_side.painting import DEFECTS
 from edgead.server_side.painting_defects import Canvas, curve, fragment, spot, stroke
@@ -18,7 +18,9 @@ _MARGIN = 0.12
 """Of the picture's sides, in which no random centre lies."""
 
 
-def drawn_mask(shape: tuple[int, int], caption: str, rng: np.random.Generator, *, least: float) -> NDArray[np.uint8]:
+def drawn_mask(
+    shape: tuple[int, int], caption: str, rng: np.random.Generator, *, least: float, part: Part | None = None
+) -> NDArray[np.uint8]:
     """An irregular mask for what a caption describes: strokes for lines, blobs for spots, a fragment for missing parts.
 
     Size, place and number follow the caption where it says them in words that the grammar understands; what it does
@@ -29,6 +31,7 @@ def drawn_mask(shape: tuple[int, int], caption: str, rng: np.random.Generator, *
         caption: in any words.
         rng: advanced.
         least: pixels below which neither a line's thickness nor a spot's diameter goes.
+        part: places are places on it, and the mask ends at its border; None allows the whole picture.
 
     Returns:
         uint8 [H, W] of 0 and 255, never empty.
@@ -38,8 +41,7 @@ def drawn_mask(shape: tuple[int, int], caption: str, rng: np.random.Generator, *
     extent = max(chosen(SIZES, defect.size, rng) * min(shape), 2.0 * least)
     mask = np.zeros(shape, np.bool_)
     for _ in range(defect.number):
-        free = (float(rng.uniform(_MARGIN, 1 - _MARGIN)), float(rng.uniform(_MARGIN, 1 - _MARGIN)))
-        x, y = place_of(defect.place, rng) or free
+        x, y = _place(defect.place, part, rng)
         canvas = Canvas(
             shape=shape,
             x=x * (width - 1),
@@ -59,9 +61,20 @@ def drawn_mask(shape: tuple[int, int], caption: str, rng: np.random.Generator, *
             mask |= fragment(canvas) > 0
         else:
             mask |= spot(canvas, rough=0.35, stretch=0.5) > 0
-        # The centre of a bent line may lie beside it, the line itself outside the picture.
+        if part is not None:
+            mask &= part.mask
+        # The centre of a bent line may lie beside it, the line itself outside the picture or the part.
         mask[round(canvas.y), round(canvas.x)] |= not mask.any()
     return mask.astype(np.uint8) * np.uint8(255)
+
+
+def _place(words: str, part: Part | None, rng: np.random.Generator) -> tuple[float, float]:
+    """A centre in shares of the picture."""
+    free = (float(rng.uniform(_MARGIN, 1 - _MARGIN)), float(rng.uniform(_MARGIN, 1 - _MARGIN)))
+    said = place_of(words, rng)
+    if part is None:
+        return said or free
+    return part.place(said) if said else part.somewhere(rng)
 
 
 def _read(caption: str, rng: np.random.Generator) -> Defect:

@@ -16,7 +16,7 @@ def open_painter(settings: Paint) -> Painter:
     if settings.painter == "procedural":
         from edgead.server_side.kka.procedural import ProceduralPainter
 
-        return ProceduralPainter()
+        return ProceduralPainter(within=settings.within)
     from edgead.server_side.kka.diffusion import InpaintingPainter, TextToImagePainter
 
     return (InpaintingPainter if settings.painter == "inpainting" else TextToImagePainter)(settings)

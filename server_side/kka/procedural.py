@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -23,33 +24,44 @@ from edgead.server_side.kka.grammar import (
     PLACES,
     SIZES,
     VERSION,
+    Defect,
     Grammar,
     chosen,
     describe,
     parse,
     sample,
 )
-from edgead.server_side.kka.seams import Frame, Painted
-from edgead.server_side.painting import DEFECTS, paint_defect
+from edgead.server_side.kka.places import Part, part_of, place_of
+from edgead.server_side.kka.seams import Frame, Painted, UndrawableCaptionError
+from edgead.server_side.painting import DEFECTS, NothingToSeeError, paint_defect
 
-_RULES = 1
+_RULES = 2
 """Raised whenever the same caption and seed give other pixels."""
 
+_ATTEMPTS = 5
+"""Places that are tried for a defect of which nothing lies on the part; the last is the part's middle."""
 
+
+@dataclass(frozen=True)
 class ProceduralPainter:
     """Paints the defect of a caption on a photograph of a normal part, with its mask.
 
     A photograph without colour stays without: on a grey camera's picture a red stain is grey.
+
+    Attributes:
+        within: "part": a defect lies on the part that is found on the photograph, its place is a place on it, and
+            no pixel of the background changes; "frame": it may lie anywhere.
     """
 
+    within: Literal["part", "frame"] = "part"
     kind = "procedural"
     name = f"rules-{_RULES}"
     needs_normal = True
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the rules' versions and the grammar's words and numbers."""
-        rules = [_RULES, VERSION, DEFECTS, SIZES, COLOURS, PLACES, CONTRASTS, KIND_WORDS]
+        """SHA-256 over the rules' versions, where they paint, and the grammar's words and numbers."""
+        rules = [_RULES, self.within, VERSION, DEFECTS, SIZES, COLOURS, PLACES, CONTRASTS, KIND_WORDS]
         return hashlib.sha256(json.dumps(rules, default=dict).encode()).hexdigest()
 
     def check(self, caption: str) -> None:
@@ -69,7 +81,7 @@ class ProceduralPainter:
             seed: decides what the caption leaves open, and the shape.
 
         Raises:
-            UndrawableCaptionError: it names no defect.
+            UndrawableCaptionError: it names no defect, or nothing of that defect would lie on the part.
             InputError: no photograph.
             ImageError: one that is too small.
         """
@@ -80,17 +92,10 @@ class ProceduralPainter:
         # One size and one contrast for all that the caption counts, a place for each.
         size = chosen(SIZES, defect.size, rng)
         contrast = chosen(CONTRASTS, defect.contrast, rng)
+        part = part_of(normal, self.within)
         image, mask = normal, np.zeros(normal.shape[:2], np.uint8)
         for _ in range(defect.number):
-            image, more = paint_defect(
-                image,
-                defect.kind,
-                size=size,
-                place=place_of(defect.place, rng),
-                colour=COLOURS.get(defect.colour),
-                contrast=contrast,
-                rng=rng,
-            )
+            image, more = _with_one(image, defect, size, contrast, part, rng)
             mask |= more
         return Painted(as_grey_as(normal, image, mask), mask)
 
@@ -120,12 +125,41 @@ class GrammarAuthor:
         ]
 
 
-def place_of(words: str, rng: np.random.Generator) -> tuple[float, float] | None:
-    """A centre in shares of width and height from the ranges of a place; None where no place is said."""
-    if not words:
-        return None
-    x, y = PLACES[words]
-    return float(rng.uniform(*x)), float(rng.uniform(*y))
+def _with_one(
+    image: Frame, defect: Defect, size: float, contrast: float, part: Part | None, rng: np.random.Generator
+) -> tuple[Frame, NDArray[np.uint8]]:
+    """The picture with one defect more, and the mask of that one."""
+    within = None if part is None else part.mask
+    for attempt in range(_ATTEMPTS):
+        place = place_of(defect.place, rng)
+        if part is not None and attempt == _ATTEMPTS - 1:
+            place = part.deepest
+        elif part is not None and place is not None:
+            place = part.place(place)
+        try:
+            painted, mask = paint_defect(
+                image,
+                defect.kind,
+                size=size,
+                place=place,
+                colour=COLOURS.get(defect.colour),
+                contrast=contrast,
+                rng=rng,
+                within=within,
+            )
+        except NothingToSeeError:
+            continue
+        if within is None:
+            return painted, mask
+        # A thread may hang over the part's edge; here it ends with it.
+        mask[~within] = 0
+        if mask.any():
+            return np.where(mask[..., None] > 0, painted, image), mask
+    raise UndrawableCaptionError(
+        wanted=f"a place on the part where a {defect.kind} of {size:.2f} of the picture can be seen",
+        got=f"none in {_ATTEMPTS} attempts",
+        next_step="Say a larger size, or set paint.within = 'frame'.",
+    )
 
 
 def as_grey_as(normal: Frame, image: Frame, mask: NDArray[np.uint8]) -> Frame:
@@ -139,4 +173,4 @@ def as_grey_as(normal: Frame, image: Frame, mask: NDArray[np.uint8]) -> Frame:
     return np.where(mask[..., None] > 0, grey[..., None], image)
 
 
-__all__ = ["GrammarAuthor", "ProceduralPainter", "as_grey_as", "place_of"]
+__all__ = ["GrammarAuthor", "ProceduralPainter", "as_grey_as"]
