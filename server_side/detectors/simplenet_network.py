@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,7 @@ _AT_ONCE = 16384
 
 
 class SimpleNetwork(nn.Module):
-    """Adaptor and discriminator.
+    """Adaptor, at first the identity, and discriminator.
 
     Args:
         dimensions: of a patch.
@@ -35,10 +36,11 @@ class SimpleNetwork(nn.Module):
         self.last = nn.Linear(hidden, 1, bias=False)
         drawn = generator(seed, -1)
         with torch.no_grad():
-            for layer in (self.adaptor, self.hidden, self.last):
+            for layer in (self.hidden, self.last):
                 nn.init.xavier_normal_(layer.weight, generator=drawn)
-                if layer.bias is not None:
-                    layer.bias.zero_()
+            self.hidden.bias.zero_()
+            nn.init.eye_(self.adaptor.weight)
+            self.adaptor.bias.zero_()
 
     def adapted(self, patches: Tensor) -> Tensor:
         """q of patches float32 [n, D], of the same shape."""
@@ -53,6 +55,35 @@ class SimpleNetwork(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         """Args: patches: float32 [n, D]. Returns: s = -D(q), float32 [n]."""
         return -self.judged(self.adapted(patches))
+
+
+class Averaged(nn.Module):
+    """A network that is trained, and the mean of its weights over its last steps.
+
+    Args:
+        network: to train.
+        window: steps of which a mean is taken, with weights that fall off exponentially.
+    """
+
+    def __init__(self, network: SimpleNetwork, window: int) -> None:
+        super().__init__()
+        self.current = network
+        self.steps: Tensor
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.mean = copy.deepcopy(network).requires_grad_(False)
+        self._window = max(1, window)
+
+    def update(self) -> None:
+        """Count the weights of the step that was made."""
+        # The first steps have a plain mean, so that the weights of the beginning are soon forgotten.
+        share = max(1.0 / (int(self.steps) + 1), 1.0 / self._window)
+        with torch.no_grad():
+            for kept, new in zip(self.mean.state_dict().values(), self.current.state_dict().values(), strict=True):
+                if kept.is_floating_point():
+                    kept.lerp_(new, share)
+                else:
+                    kept.copy_(new)
+            self.steps += 1
 
 
 def truncated_l1(normal: Tensor, anomalous: Tensor, truncation: float = TRUNCATION) -> Tensor:
@@ -79,4 +110,12 @@ def scores_of(network: SimpleNetwork, patches: Tensor) -> Tensor:
     return torch.cat([network(part) for part in torch.split(patches, _AT_ONCE)])
 
 
-__all__: Sequence[str] = ("HIDDEN", "TRUNCATION", "SimpleNetwork", "anomalous_l1", "scores_of", "truncated_l1")
+__all__: Sequence[str] = (
+    "HIDDEN",
+    "TRUNCATION",
+    "Averaged",
+    "SimpleNetwork",
+    "anomalous_l1",
+    "scores_of",
+    "truncated_l1",
+)
