@@ -57,6 +57,7 @@ def fit(normal: Path | None, output: Path, force: bool, as_json: bool, **words: 
       edgead fit --method winclip --model ViT-B-16-plus-240 --model-weights laion400m_e32 \\
         --class carpet --normal photos/good --shots 4 -o carpet.detector
       edgead fit --method simplenet --normal photos/good --anomalous anomalies/ -o part.detector
+      edgead fit --method recontrast --normal photos/good --device cuda:1 -o part.detector
     """
     detector = fit_from_options(normal, output, force=force, **words)
     if as_json:
@@ -172,6 +173,7 @@ def _fit_trained(
         false_alarm_rate=words["false_alarms"],
         product=words["product"],
         seed=words["seed"],
+        device=words["device"] or "auto",
     )
     # An interrupted training goes on from here when the same command is given again.
     checkpoint = output.with_name(output.name + ".training")
@@ -241,6 +243,8 @@ def _fit_with_sentences(
     checkpoint = output.with_name(output.name + ".training")
     if method == "cmda" or (method in TRAINS_PROJECTIONS and words["projections"] is None):
         more["checkpoint"] = checkpoint
+    if method == "cmda":
+        more["device"] = words["device"] or "auto"
     if words["score"] is not None:
         more["score"] = words["score"]
     learned: Learned = learn(paths, options, samples, **more)

@@ -45,6 +45,7 @@ OPTIONS_OF: dict[str, tuple[str, ...]] = {
     "anomalous": (MEMORY_BANK, *_LEARNS_STEPWISE, "anomalous-few-shot"),
     "layers": (MEMORY_BANK, *TRAINED_METHODS, *TRAINS_PROJECTIONS),
     "steps": _LEARNS_STEPWISE,
+    "device": (*TRAINED_METHODS, "cmda"),
     "projections": TRAINS_PROJECTIONS,
     "auxiliary": TRAINS_PROJECTIONS,
     "score": ("april-gan",),
@@ -108,6 +109,11 @@ def fit_options(command: Command) -> Command:
             "--steps",
             type=click.IntRange(1),
             help="Trained methods: most steps of training; the method's own number if left out.",
+        ),
+        click.option(
+            "--device",
+            help="Trained methods and cmda: where to train, as auto, cpu, cuda, or one of several GPUs such as cuda:1; "
+            "auto if left out: a GPU if there is one.",
         ),
         click.option(
             "--model",

@@ -27,6 +27,7 @@ from edgead.runtime.preprocess import prepare
 from edgead.runtime.progress import Progress
 from edgead.runtime.spec import Calibration, DetectorSpec, KnowledgePort, Port, Preprocessing
 from edgead.server_side.calibration import calibrate, statement
+from edgead.server_side.devices import device_of
 from edgead.server_side.painting import paint_defect
 from edgead.server_side.painting_parts import paint_part
 
@@ -106,11 +107,11 @@ class Modules:
         return self.embed_prepared(prepare(frame, self.spec.preprocessing))
 
     def embed_prepared(self, frames: Frame) -> dict[str, NDArray[np.float32]]:
-        """The trunk's features of engine-sized frames uint8 [T, H, W, 3]."""
+        """The trunk's features of engine-sized frames uint8 [T, H, W, 3], computed wherever the trunk is."""
         with torch.inference_mode():
-            found = self.trunk(torch.from_numpy(np.ascontiguousarray(frames)))
+            found = self.trunk(torch.from_numpy(np.ascontiguousarray(frames)).to(device_of(self.trunk)))
         tensors = (found,) if isinstance(found, torch.Tensor) else tuple(found)
-        return {port.name: tensor.numpy() for port, tensor in zip(self.spec.features, tensors, strict=True)}
+        return {port.name: tensor.cpu().numpy() for port, tensor in zip(self.spec.features, tensors, strict=True)}
 
     def outputs(self, features: Arrays, pack: Pack) -> dict[str, NDArray[Any]]:
         """The head's outputs by name, each [T, ...], for features [T, ...] under a pack."""

@@ -32,6 +32,7 @@ from edgead.runtime.spec import KnowledgePort, Port, Preprocessing
 from edgead.server_side.detectors.text_fitting import open_tower, prompts_for, text_facts
 from edgead.server_side.detectors.trained import Samples, TrainedOptions, load_data
 from edgead.server_side.detectors.training import Schedule, batch_of, generator, train
+from edgead.server_side.devices import CPU, placed, torch_device
 from edgead.server_side.learned import Learned, Modules, finished
 from edgead.server_side.prompts.ensembles import winclip
 from edgead.server_side.vision_language import VisionTower, encode_texts
@@ -188,6 +189,7 @@ class CmdaTask:
         anomalies, stop_anomalies: [M, E] of pictures of anomalies, possibly none.
         extras: see `CmdaExtras`.
         seed: of weights, batches and shares.
+        device: where the classifier is trained; all embeddings are moved there.
         identity: what a checkpoint must agree in.
     """
 
@@ -202,12 +204,15 @@ class CmdaTask:
         *,
         extras: CmdaExtras | None = None,
         seed: int = 0,
+        device: torch.device = CPU,
         identity: dict[str, Any] | None = None,
     ) -> None:
         extras = extras or CmdaExtras()
-        self._images, self._texts, self._normal_texts, self._anomalies = images, texts, normal_texts, anomalies
-        self._extras, self._seed = extras, seed
-        self.module = Classifier(images.shape[1], extras.hidden, seed)
+        self._images, self._texts, self._normal_texts, self._anomalies, stop, stop_anomalies = (
+            each.to(device) for each in (images, texts, normal_texts, anomalies, stop, stop_anomalies)
+        )
+        self._extras, self._seed, self._device = extras, seed, device
+        self.module = Classifier(images.shape[1], extras.hidden, seed).to(device)
         self._optimizer = torch.optim.Adam(self.module.parameters(), lr=extras.learning_rate)
         self.optimizers = [self._optimizer]
         self.identity = {"method": METHOD, "seed": seed, **dataclasses.asdict(extras), **(identity or {})}
@@ -232,7 +237,7 @@ class CmdaTask:
 
     def _made(self, images: Tensor, drawn: torch.Generator) -> Tensor:
         low, high = self._extras.share
-        share = low + (high - low) * torch.rand(len(images), generator=drawn)
+        share = (low + (high - low) * torch.rand(len(images), generator=drawn)).to(self._device)
         return interpolated(
             images, self._texts[torch.randint(len(self._texts), (len(images),), generator=drawn)], share
         )
@@ -277,6 +282,7 @@ def learn(
     anomalous: Samples = (),
     *,
     extras: CmdaExtras | None = None,
+    device: str = "auto",
     checkpoint: Path | None = None,
 ) -> Learned:
     """A CMDA detector from photographs of good parts, sentences, and pictures of anomalies if there are some.
@@ -287,15 +293,17 @@ def learn(
             `false_alarm_rate`, `product` and `seed` count.
         anomalous: pictures of anomalies, real or generated; masks are not used, as the method has no map.
         extras: see `CmdaExtras`.
+        device: where pictures are embedded and the classifier is trained, see `edgead.server_side.devices`.
         checkpoint: where the training is kept between interruptions.
 
     Raises:
-        InputError: fewer than 2 normals, or prompts of one state only.
+        InputError: fewer than 2 normals, prompts of one state only, or no such device.
         ImageError: a file is no picture.
         PromptError: a class name or a file that makes no prompts.
         BackboneError: unknown model or weights.
     """
     extras = extras or CmdaExtras()
+    there = torch_device(device)
     model, tower, preprocessing = open_tower(options)
     prompts = prompts_for(options, winclip)
     modules = cmda_modules(tower, extras.hidden, preprocessing)
@@ -307,8 +315,9 @@ def learn(
 
     def embedded(frames: NDArray[np.uint8]) -> Tensor:
         parts = [np.zeros((0, tower.embed_dim), np.float32)]
-        for at in range(0, len(frames), _BATCH_EMBEDDED):
-            parts.append(modules.embed_prepared(frames[at : at + _BATCH_EMBEDDED])["embedding"])
+        with placed(modules.trunk, there):
+            for at in range(0, len(frames), _BATCH_EMBEDDED):
+                parts.append(modules.embed_prepared(frames[at : at + _BATCH_EMBEDDED])["embedding"])
         return torch.from_numpy(np.concatenate(parts))
 
     images = embedded(data.train)
@@ -322,6 +331,7 @@ def learn(
         embedded(data.stop_anomalies.frames),
         extras=extras,
         seed=options.seed,
+        device=there,
         identity={"data": data.digest, "model": model.weights_sha256, "texts": len(texts)},
     )
     schedule = Schedule(extras.steps, validate_every=max(1, extras.steps // 30), patience=extras.patience)
@@ -329,7 +339,7 @@ def learn(
     return finished(
         modules,
         options,
-        task.module.arrays(),
+        task.module.to(CPU).arrays(),
         paper=PAPER,
         normal=normal,
         held_out=data.calibration,

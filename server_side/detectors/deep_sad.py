@@ -32,6 +32,7 @@ from edgead.server_side.backbones import Backbone, load_backbone
 from edgead.server_side.detectors.frozen_maps import joined_maps, maps_of
 from edgead.server_side.detectors.trained import Anomalies, Samples, TrainedOptions, load_data
 from edgead.server_side.detectors.training import History, Schedule, batch_of, generator, train
+from edgead.server_side.devices import CPU, device_of, torch_device
 from edgead.server_side.learned import Learned, Modules, finished
 
 METHOD = "deep-sad"
@@ -149,6 +150,7 @@ class SphereTask:
         learning_rate: of Adam.
         steps: of the whole training, for the learning rate.
         seed: of weights and batches.
+        device: where phi is trained; the maps stay where they are.
         identity: what a checkpoint must agree in.
     """
 
@@ -164,6 +166,7 @@ class SphereTask:
         learning_rate: float = LEARNING_RATE,
         steps: int = STEPS,
         seed: int = 0,
+        device: torch.device = CPU,
         identity: dict[str, Any] | None = None,
     ) -> None:
         self._maps = torch.cat([normals, anomalies])
@@ -172,9 +175,9 @@ class SphereTask:
         self._held_anomalous = torch.arange(len(self._held)) >= len(stop)
         self._normals, self._anomalies = len(normals), len(anomalies)
         self._eta, self._batch, self._seed = eta, batch, seed
-        self._rate, self._steps = learning_rate, steps
+        self._rate, self._steps, self._device = learning_rate, steps, device
         network = SphereNetwork(normals.shape[1], seed=seed)
-        self.module = _Sphere(network)
+        self.module = _Sphere(network).to(device)
         network.eval()
         self.module.centre.copy_(first_centre(embedded(network, normals)))
         self._optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
@@ -194,8 +197,9 @@ class SphereTask:
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate * (0.1 if number >= 0.75 * self._steps else 1.0)
         places = self._batch_of_step(number)
-        embedding = self.module.network(self._maps[places])
-        loss = sphere_loss(embedding, self._anomalous[places], self.module.centre, eta=self._eta)
+        embedding = self.module.network(self._maps[places].to(self._device))
+        anomalous = self._anomalous[places].to(self._device)
+        loss = sphere_loss(embedding, anomalous, self.module.centre, eta=self._eta)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
@@ -204,11 +208,11 @@ class SphereTask:
     def validate(self) -> float:
         """The same loss over what is held out."""
         embedding, anomalous = embedded(self.module.network, self._held), self._held_anomalous
+        centre = self.module.centre.cpu()
         if self._anomalies <= self._normals or not anomalous.any():
-            return float(sphere_loss(embedding, anomalous, self.module.centre, eta=self._eta))
+            return float(sphere_loss(embedding, anomalous, centre, eta=self._eta))
         halves = [
-            sphere_loss(embedding[part], anomalous[part], self.module.centre, eta=self._eta)
-            for part in (anomalous, ~anomalous)
+            sphere_loss(embedding[part], anomalous[part], centre, eta=self._eta) for part in (anomalous, ~anomalous)
         ]
         return float(sum(halves) / 2)
 
@@ -232,9 +236,10 @@ class _Sphere(nn.Module):
 
 
 def embedded(network: SphereNetwork, maps: Tensor) -> Tensor:
-    """phi of many maps, in batches, without gradients: float32 [N, D]."""
+    """phi of many maps, in batches, without gradients: float32 [N, D] on the CPU, wherever phi is."""
+    home = device_of(network)
     with torch.inference_mode():
-        parts = [network(maps[at : at + 64]) for at in range(0, len(maps), 64)]
+        parts = [network(maps[at : at + 64].to(home)).cpu() for at in range(0, len(maps), 64)]
     return torch.cat(parts).clone() if parts else torch.zeros(0, network.last.out_features)
 
 
@@ -265,33 +270,38 @@ def train_sphere(
     learning_rate: float = LEARNING_RATE,
     patience: int = 5,
     seed: int = 0,
+    device: str = "auto",
     identity: dict[str, Any] | None = None,
     checkpoint: Path | None = None,
     label: str = "Deep SAD",
 ) -> tuple[SphereNetwork, Tensor, History]:
-    """Train phi; see `SphereTask`.
+    """Train phi; see `SphereTask`, and for `device` `edgead.server_side.devices`.
 
     Returns:
-        phi, the centre float32 [D], and how the training went.
+        phi and the centre float32 [D], both on the CPU, and how the training went.
 
     Raises:
+        InputError: no such device.
         DetectorError: a checkpoint of another training.
         FailureError: the loss is no number any more.
     """
+    there = torch_device(device)
     task = SphereTask(
-        maps_of(backbone, frames),
-        maps_of(backbone, anomalies.frames),
-        maps_of(backbone, stop),
-        maps_of(backbone, stop_anomalies.frames),
+        maps_of(backbone, frames, there),
+        maps_of(backbone, anomalies.frames, there),
+        maps_of(backbone, stop, there),
+        maps_of(backbone, stop_anomalies.frames, there),
         eta=eta,
         batch=batch,
         learning_rate=learning_rate,
         steps=steps,
         seed=seed,
+        device=there,
         identity=identity,
     )
     schedule = Schedule(steps, validate_every=max(1, steps // 30), patience=patience)
     history = train(task, schedule, label=label, checkpoint=checkpoint)
+    task.module.to(CPU)
     return task.module.network.eval(), task.module.centre.clone(), history
 
 
@@ -314,10 +324,11 @@ def learn(
         checkpoint: where the training is kept between interruptions.
 
     Raises:
-        InputError: fewer than 2 normals.
+        InputError: fewer than 2 normals, or no such device.
         ImageError: a file is no picture.
         BackboneError: an unknown backbone.
     """
+    torch_device(options.device)  # a mistake there is better told before photographs are read
     backbone = load_backbone(options.backbone, weights=options.backbone_weights, layers=options.layers).eval()
     data = load_data(normal, options, anomalous)
     network, centre, history = train_sphere(
@@ -332,6 +343,7 @@ def learn(
         learning_rate=options.learning_rate or LEARNING_RATE,
         patience=options.patience,
         seed=options.seed,
+        device=options.device,
         identity={"backbone": weights_digest(backbone).hex(), "patience": options.patience, "data": data.digest},
         checkpoint=checkpoint,
     )

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgead.server_side.backbones import Backbone
+from edgead.server_side.devices import CPU, placed
 
 _BATCH_EMBEDDED = 16
 
@@ -31,15 +32,17 @@ def joined_maps(backbone: Backbone, image: Tensor) -> Tensor:
     )
 
 
-def maps_of(backbone: Backbone, frames: NDArray[np.uint8]) -> Tensor:
-    """`joined_maps` of many frames uint8 [N, H, W, 3], in batches, without gradients."""
+def maps_of(backbone: Backbone, frames: NDArray[np.uint8], device: torch.device = CPU) -> Tensor:
+    """`joined_maps` of many frames uint8 [N, H, W, 3], in batches, without gradients: computed on a device, kept on the
+    CPU.
+    """
     channels = sum(backbone.channels)
     height, width = (side // max(backbone.strides) for side in frames.shape[1:3])
     found = torch.empty(len(frames), channels, height, width)
-    with torch.inference_mode():
+    with placed(backbone, device), torch.inference_mode():
         for at in range(0, len(frames), _BATCH_EMBEDDED):
             part = torch.from_numpy(np.ascontiguousarray(frames[at : at + _BATCH_EMBEDDED]))
-            found[at : at + len(part)] = joined_maps(backbone, part)
+            found[at : at + len(part)] = joined_maps(backbone, part.to(device))
     return found
 
 

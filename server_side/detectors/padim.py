@@ -32,6 +32,7 @@ from edgead.server_side.detectors.gaussian import Moments, gaussian_quantile, wh
 from edgead.server_side.detectors.map_head import MapHead
 from edgead.server_side.detectors.memory_bank import receptive_sigma
 from edgead.server_side.detectors.trained import Samples, TrainedOptions, refuse_anomalies, split_held_out
+from edgead.server_side.devices import placed, torch_device
 from edgead.server_side.learned import Learned, Modules, finished
 from edgead.server_side.photographs import read_photograph
 
@@ -137,11 +138,12 @@ def learn(
         checkpoint: not written; statistics take one pass.
 
     Raises:
-        InputError: fewer than 2 normals, or anomalies.
+        InputError: fewer than 2 normals, anomalies, or no such device.
         ImageError: a file is no picture.
         BackboneError: an unknown backbone.
     """
     refuse_anomalies(METHOD, anomalous)
+    device = torch_device(options.device)
     backbone = load_backbone(options.backbone, weights=options.backbone_weights, layers=options.layers).eval()
     known, held_out = split_held_out(normal, options)
     total = sum(backbone.channels)
@@ -151,7 +153,7 @@ def learn(
     positions = modules.spec.features[0].shape[1]
     assert isinstance(positions, int)
     moments = Moments(positions, len(channels))
-    with Progress("normal statistics", len(known)) as progress:
+    with placed(modules.trunk, device), Progress("normal statistics", len(known)) as progress:
         for at in range(0, len(known), _BATCH):
             pictures = [prepare(read_photograph(path), options.preprocessing) for path in known[at : at + _BATCH]]
             # Frame by frame the sums of products would cost more than the network.

@@ -29,6 +29,7 @@ Ours:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from edgead.server_side.detectors.recontrast_losses import MARGIN, alpha_at, cel
 from edgead.server_side.detectors.recontrast_network import Maps, ReContrastNetwork
 from edgead.server_side.detectors.trained import Anomalies, Samples, TrainedOptions, load_data
 from edgead.server_side.detectors.training import Schedule, batch_of, generator, train
+from edgead.server_side.devices import CPU, computing_on, device_of, torch_device
 from edgead.server_side.learned import Learned, Modules, finished
 
 METHOD = "recontrast"
@@ -120,6 +122,8 @@ class ReContrastHead(nn.Module):
 class Prepared:
     """Frames behind what is frozen, so that a step computes only what changes; 0.6 MB for a frame of 256 pixels.
 
+    They are computed wherever the network is, and kept on the CPU.
+
     Args:
         network: the shared part and the frozen encoder are used.
         frames: uint8 [N, H, W, 3].
@@ -133,13 +137,15 @@ class Prepared:
         network.eval()
         hidden: Maps = []
         frozen: list[Maps] = []
-        with torch.no_grad():
+        home = device_of(network)
+        with torch.no_grad(), computing_on(home):
             # Of no frames one black one, for the shapes.
             some = frames if len(frames) else np.zeros((1, *frames.shape[1:]), np.uint8)
             for at in range(0, len(some), _BATCH_EMBEDDED):
                 part = torch.from_numpy(np.ascontiguousarray(some[at : at + _BATCH_EMBEDDED]))
-                hidden.append(network.shared(part.permute(0, 3, 1, 2).float() * (1.0 / 255.0)))
-                frozen.append(network.frozen(hidden[-1]))
+                shared = network.shared(part.to(home).permute(0, 3, 1, 2).float() * (1.0 / 255.0))
+                hidden.append(shared.cpu())
+                frozen.append([each.cpu() for each in network.frozen(shared)])
         self.hidden = torch.cat(hidden)[: len(frames)]
         self.frozen = [torch.cat(maps)[: len(frames)] for maps in zip(*frozen, strict=True)]
 
@@ -169,6 +175,7 @@ class ReContrastTask:
         learning_rate: of the decoder.
         margin: see `push`.
         seed: of the batches.
+        device: where it is trained; the network is moved there.
         identity: what a checkpoint must agree in.
     """
 
@@ -185,9 +192,11 @@ class ReContrastTask:
         learning_rate: float = LEARNING_RATE,
         margin: float = MARGIN,
         seed: int = 0,
+        device: torch.device = CPU,
         identity: dict[str, Any] | None = None,
     ) -> None:
-        self.module = network
+        self.module = network.to(device)
+        self._device = device
         self._normals, self._stop = Prepared(network, normals), Prepared(network, stop)
         self._anomalies = _Labelled(network, anomalies)
         self._stop_anomalies = _Labelled(network, stop_anomalies)
@@ -242,14 +251,13 @@ class ReContrastTask:
         self, hidden: Tensor, frozen: Maps, anomalies: _Labelled, chosen: Tensor, alpha: float | None
     ) -> dict[str, Tensor]:
         """Losses of a batch whose last `len(chosen)` frames are anomalies."""
-        encoded, decoded = self.module.pairs(hidden, frozen)
-        labels = [each[chosen] for each in anomalies.labels]
+        encoded, decoded = self.module.pairs(hidden.to(self._device), [each.to(self._device) for each in frozen])
+        labels = [each[chosen].to(self._device) for each in anomalies.labels]
         normals = len(hidden) - len(chosen)
-        counted = [
-            torch.cat([torch.ones(normals, *each.shape[1:], dtype=torch.bool), each == NORMAL]) for each in labels
-        ]
+        all_of = functools.partial(torch.ones, dtype=torch.bool, device=self._device)
+        counted = [torch.cat([all_of(normals, *each.shape[1:]), each == NORMAL]) for each in labels]
         # A picture without a normal cell says nothing of what is normal.
-        told = torch.cat([torch.ones(normals, dtype=torch.bool), (labels[-1] != UNKNOWN).flatten(1).any(1)])
+        told = torch.cat([all_of(normals), (labels[-1] != UNKNOWN).flatten(1).any(1)])
         half = len(frozen)
         views = (slice(None, half), slice(half, None))
         distance = [
@@ -264,7 +272,7 @@ class ReContrastTask:
         ]
         losses = {"distance": torch.stack(distance).sum() / 2 if distance else decoded[0].new_zeros(())}
         if len(chosen):
-            known = anomalies.known[chosen]
+            known = anomalies.known[chosen].to(self._device)
             pushed = [
                 push([e[normals:] for e in encoded[v]], [d[normals:] for d in decoded[v]], labels, known, self._margin)
                 for v in views
@@ -327,10 +335,11 @@ def learn(
         checkpoint: where the training is kept between interruptions.
 
     Raises:
-        InputError: fewer than 2 normals.
+        InputError: fewer than 2 normals, or no such device.
         ImageError: a file is no picture.
         BackboneError: an unknown backbone.
     """
+    device = torch_device(options.device)
     backbone = load_backbone(options.backbone, weights=options.backbone_weights, layers=options.layers).eval()
     data = load_data(normal, options, anomalous)
     steps = options.steps or STEPS
@@ -346,11 +355,12 @@ def learn(
         learning_rate=options.learning_rate or LEARNING_RATE,
         margin=margin,
         seed=options.seed,
+        device=device,
         identity={"backbone": options.backbone, "data": data.digest},
     )
     schedule = Schedule(steps, validate_every=max(1, steps // 15), patience=options.patience)
     history = train(task, schedule, label="ReContrast", checkpoint=checkpoint)
-    modules = recontrast_modules(network.requires_grad_(False).eval(), options.preprocessing)
+    modules = recontrast_modules(network.requires_grad_(False).eval().to(CPU), options.preprocessing)
     arrays = {"map.weights": np.ones((len(network.strides), 2), np.float32)}
     # A threshold for want of photographs: twice the highest score of the frames that stopped the training.
     pack = modules.pack(options.product, arrays)

@@ -31,6 +31,7 @@ from edgead.runtime.spec import KnowledgePort, Port, Preprocessing
 from edgead.server_side.backbones import Backbone, load_backbone
 from edgead.server_side.detectors.gaussian import Floats, Moments, gaussian_quantile, shrunk, whitening
 from edgead.server_side.detectors.trained import Samples, TrainedOptions, refuse_anomalies, split_held_out
+from edgead.server_side.devices import placed, torch_device
 from edgead.server_side.learned import Learned, Modules, finished
 from edgead.server_side.photographs import read_photograph
 
@@ -152,16 +153,17 @@ def learn(
         checkpoint: not written; statistics take one pass.
 
     Raises:
-        InputError: fewer than 2 normals, or anomalies.
+        InputError: fewer than 2 normals, anomalies, or no such device.
         ImageError: a file is no picture.
         BackboneError: an unknown backbone.
     """
     refuse_anomalies(METHOD, anomalous)
+    device = torch_device(options.device)
     backbone = load_backbone(options.backbone, weights=options.backbone_weights, layers=options.layers).eval()
     known, held_out = split_held_out(normal, options)
     # Ports tell the number of clusters, which the features decide.
     modules = ssd_modules(backbone, 1, options.preprocessing)
-    with Progress("normal features", len(known)) as progress:
+    with placed(modules.trunk, device), Progress("normal features", len(known)) as progress:
         features = np.concatenate(
             [
                 modules.embed_prepared(prepare(read_photograph(path), options.preprocessing))["embedding"]

@@ -42,6 +42,8 @@ class TrainedOptions:
         false_alarm_rate: wanted share of normal frames called NG.
         product: name of the product in the knowledge pack.
         seed: makes everything repeatable.
+        device: where photographs are embedded and networks are trained, see `edgead.server_side.devices`; thresholds
+            are set on the CPU in any case.
     """
 
     backbone: str = "embedded"
@@ -56,6 +58,7 @@ class TrainedOptions:
     false_alarm_rate: float = 0.01
     product: str = "part"
     seed: int = 0
+    device: str = "auto"
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,8 @@
 """One loop for everything that is trained here: seeded, validated, stopped early, kept and continued.
 
 Every random choice of step n depends on (seed, n) alone, so a run that was interrupted and continued ends with the
-weights of one that was not, on the same machine and with the same number of threads.
+weights of one that was not, on the same machine and with the same number of threads. They are drawn on the CPU wherever
+the module is; a checkpoint names no device, and a run can be continued on another one.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.optim import Optimizer
 from edgead.runtime.errors import DetectorError, FailureError
 from edgead.runtime.files import write_file
 from edgead.runtime.progress import Progress
+from edgead.server_side.devices import computing_on, device_of, on_cpu
 from edgead.server_side.interruption import interruption
 
 _KEEP_S = 30.0
@@ -134,7 +136,7 @@ def train(task: Task, schedule: Schedule, *, label: str, checkpoint: Path | None
     """Train, keep the weights of the best validation, and load them into the module at the end.
 
     Args:
-        task: what.
+        task: what, with its module where it is to be trained.
         schedule: how long.
         label: for the progress line.
         checkpoint: file that the run is kept in between interruptions; continued from if it is there. Whoever called
@@ -150,7 +152,11 @@ def train(task: Task, schedule: Schedule, *, label: str, checkpoint: Path | None
     started, kept = time.monotonic(), time.monotonic()
     before = history.seconds
     recent: list[dict[str, float]] = []
-    with interruption() as interrupted, Progress(label, schedule.steps) as progress:
+    with (
+        computing_on(device_of(task.module)),
+        interruption() as interrupted,
+        Progress(label, schedule.steps) as progress,
+    ):
         progress.advance(history.steps)
         while history.steps < schedule.steps and not history.stopped:
             task.module.train()
@@ -236,10 +242,10 @@ def _keep(task: Task, history: History, best: dict[str, Any] | None, checkpoint:
     torch.save(
         {
             "identity": task.identity,
-            "module": task.module.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in task.optimizers],
+            "module": on_cpu(task.module.state_dict()),
+            "optimizers": [on_cpu(optimizer.state_dict()) for optimizer in task.optimizers],
             "history": vars(history),
-            "best": best,
+            "best": on_cpu(best),
         },
         buffer,
     )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -80,3 +83,16 @@ def as_modules() -> Callable[[Learned], Modules]:
 def frame() -> np.ndarray:
     """Noise of the tiny CLIP's size."""
     return np.random.default_rng(5).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="session")
+def other_device() -> ModuleType:
+    """The module other_device.py of the folder above: a device that is not the CPU, without a GPU."""
+    path = Path(__file__).parents[1] / "other_device.py"
+    spec = importlib.util.spec_from_file_location("edgead_tests_other_device", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,100 @@
+"""Where networks are trained and photographs are embedded: the CPU, or a GPU if there is one.
+
+Photographs, their embeddings and every random draw stay on the CPU; batches are moved to the device. A training
+therefore sees the same batches everywhere, and its results differ between devices by rounding alone. What is
+calibrated, kept or exported is moved back first.
+
+Nobody has run this on a GPU yet. What the tests show, with a device that only says it is another one, is that no step
+mixes devices and that the trained weights come back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgead.runtime.errors import InputError
+
+CPU = torch.device("cpu")
+
+
+def torch_device(name: str = "auto") -> torch.device:
+    """The device of a name.
+
+    Args:
+        name: 'cpu', 'cuda' for the first GPU, 'cuda:N' for one of several, or 'auto': the first GPU that torch can
+            use, else the CPU.
+
+    Raises:
+        InputError: another name, or a GPU that is not there.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda", 0) if count else CPU
+    if name == "cpu":
+        return CPU
+    kind, colon, number = name.partition(":")
+    if kind != "cuda" or (colon and not (number.isascii() and number.isdecimal())):
+        raise InputError(
+            wanted="a device to train on: auto, cpu, cuda, or one of several GPUs such as cuda:1",
+            got=f"'{name}'",
+            next_step="Name one of these, or leave --device out.",
+        )
+    if int(number or 0) >= count:
+        there = "no GPU that torch can use" if not count else f"{count} of them, the first being cuda:0"
+        raise InputError(
+            wanted=f"the GPU '{name}' to train on",
+            got=there,
+            next_step="Leave --device out: a GPU is used if there is one. Whether torch sees it says "
+            "torch.cuda.is_available().",
+        )
+    return torch.device("cuda", int(number or 0))
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's weights are; the CPU if it has none."""
+    found = next(chain(module.parameters(), module.buffers()), None)
+    return CPU if found is None else found.device
+
+
+@contextlib.contextmanager
+def placed(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """A module on a device for a while; afterwards it is where it was."""
+    home = device_of(module)
+    module.to(device)
+    try:
+        with computing_on(device):
+            yield
+    finally:
+        module.to(home)
+
+
+@contextlib.contextmanager
+def computing_on(device: torch.device) -> Iterator[None]:
+    """On a GPU: convolutions in float32 as on the CPU, where torch takes TF32, and by the same algorithm each time."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        yield
+
+
+def on_cpu(state: Any) -> Any:
+    """A state of a module or an optimizer with every tensor on the CPU, those that are there not copied."""
+    if isinstance(state, Tensor):
+        return state.cpu()
+    if isinstance(state, dict):
+        kept = copy.copy(state)
+        for key, value in state.items():
+            kept[key] = on_cpu(value)
+        return kept
+    return [on_cpu(value) for value in state] if isinstance(state, list) else state
+
+
+__all__ = ["CPU", "computing_on", "device_of", "on_cpu", "placed", "torch_device"]
