@@ -36,12 +36,14 @@ _STRONG_HULL = 0.7
 """Least share of all outlines' hull that the strong ones' has, for them to be the part's."""
 _GAP = 9
 """Pixels of that size over which an outline may be lost."""
-_CORE = 0.30
+_CORE = 0.20
 """Depth, as a share of the deepest, from which a pixel is the part's without a doubt."""
 _SMOOTH = 0.05
 """Width of bays and capes that are smoothed away, as a share of the root of the area."""
 _CLEAR = 0.75
 """Least share of the final outline that is steep: a part ends all around."""
+_SHARP = 2.5
+"""How much steeper than the faintest outline half of the final one is: a vein of a texture is hardly so at all."""
 _COMPACT = 0.80
 """Least share of its convex hull that a part fills: what is less is a net of marks on a surface."""
 
@@ -161,7 +163,7 @@ def _certain(part: Mask, steep: Field, edge: float, rim: Mask) -> bool:
     inner = cv2.erode(part.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
     outline = part & ~inner & ~rim
     near = cv2.dilate(steep, np.ones((5, 5), np.uint8))
-    if not outline.any() or (near[outline] >= edge).mean() < _CLEAR:
+    if not outline.any() or (near[outline] >= edge).mean() < _CLEAR or np.median(near[outline]) < _SHARP * edge:
         return False
     return bool(part.sum() >= _COMPACT * _hull(part).sum())
 
