@@ -22,7 +22,12 @@ _OUTPUT = click.option(
     type=click.Path(path_type=Path, file_okay=False),
     help="Work folder; by default beside CONFIG, with its name.",
 )
-_RAY = click.option("--ray", metavar="ADDRESS", help="Paint on a Ray cluster: auto, local or ray://HOST:PORT.")
+_RAY = click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="Write, paint, embed and judge on a Ray cluster, with the same results: auto, local, HOST:PORT or "
+    "ray://HOST:PORT. Its machines see photographs, WORK and models under the same paths.",
+)
 _ROUND = click.option("--round", "number", type=click.IntRange(0), help="Stop after this round.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 

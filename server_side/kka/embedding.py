@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from edgead.runtime.preprocess import prepare
 from edgead.runtime.spec import Preprocessing
 from edgead.server_side.backbones import load_backbone
+from edgead.server_side.kka.alone import each_alone
 from edgead.server_side.kka.seams import Frame
 
 
@@ -18,7 +20,7 @@ class BackboneEmbedder:
     """Global features of a backbone: each map averaged over the frame, all maps side by side.
 
     Args:
-        name: see `edgead.server_side.backbones.load_backbone`.
+        name: see `edgead.server_side.backbones.load_backbone`; a worker of a cluster loads it by that name.
         size: side of the frame that the backbone sees, in pixels, a multiple of 32.
 
     Raises:
@@ -30,16 +32,20 @@ class BackboneEmbedder:
         self._backbone = load_backbone(name).eval()
         self._preprocessing = Preprocessing(size, size)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BackboneEmbedder, (self.name, self._preprocessing.width)
+
     def embed(self, frames: Sequence[Frame]) -> NDArray[np.float32]:
         """float32 [N, D] of N frames uint8 RGB [H, W, 3] of any size."""
-        found = []
+        return np.stack(each_alone(self._vector, frames)).astype(np.float32)
+
+    def _vector(self, frame: Frame) -> NDArray[np.float32]:
+        # One at a time: a frame's vector must not depend on which others come with it.
+        pixels = torch.from_numpy(np.ascontiguousarray(prepare(frame, self._preprocessing)))
         with torch.inference_mode():
-            for frame in frames:
-                # One at a time: a frame's vector must not depend on which others come with it.
-                pixels = torch.from_numpy(np.ascontiguousarray(prepare(frame, self._preprocessing)))
-                maps = self._backbone(pixels.permute(0, 3, 1, 2).float() / 255.0)
-                found.append(torch.cat([each.mean((2, 3)) for each in maps], dim=1)[0].numpy())
-        return np.stack(found).astype(np.float32)
+            maps = self._backbone(pixels.permute(0, 3, 1, 2).float() / 255.0)
+            found: NDArray[np.float32] = torch.cat([each.mean((2, 3)) for each in maps], dim=1)[0].numpy()
+        return found
 
 
 __all__ = ["BackboneEmbedder"]

@@ -1,13 +1,15 @@
 """Authors: who writes the captions of anomalies.
 
-`TransformersAuthor` runs a causal model in this process, with the adapter that preferences trained. Every answer is
-drawn with random numbers of its own, from its seed alone, so that neither the batch nor the answers beside it matter;
-what remains is the rounding of batched sums, 1e-6 of a probability in float32.
+`TransformersAuthor` runs a causal model, with the adapter that preferences trained, in the process that asks: this one
+or a worker of a cluster. Every answer is drawn with random numbers of its own, from its seed alone, so that neither the
+batch nor the answers beside it matter; what remains is the rounding of batched sums, 1e-6 of a probability in float32.
 `EndpointAuthor` asks an OpenAI-compatible end point, and keeps answers, so that a run that goes on does not ask twice.
+It does not travel to a cluster: its model already runs elsewhere, and its answers and the key are on this machine.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,6 +20,7 @@ import numpy as np
 
 from edgead.runtime.errors import InputError, LanguageModelError, OutOfMemoryError
 from edgead.server_side.kka.causal import (
+    Dialogue,
     context_of,
     digest_of_model,
     failed,
@@ -48,8 +51,7 @@ def open_author(config: Config, adapter: Path | None) -> Author:
         adapter: folder of the adapter that the rounds before trained, or None.
 
     Raises:
-        InputError: a model that cannot be had here, an adapter that does not fit it, or one for an author without.
-        OutOfMemoryError: memory does not hold the model.
+        InputError: a model that cannot be had here, a folder without an adapter, or one for an author without.
         MissingDependencyError: a package is missing.
     """
     settings = config.imagine
@@ -69,7 +71,10 @@ def open_author(config: Config, adapter: Path | None) -> Author:
 
 
 class TransformersAuthor:
-    """A causal model of `transformers` in this process.
+    """A causal model of `transformers`.
+
+    It is loaded when the first answer is asked for, once in each process, and does not travel when the author is sent
+    to another one: there it is loaded from the same place, and refused if it is another model.
 
     Where memory does not hold a batch, half of it is tried, down to one answer at a time: a batch decides the speed,
     not what is written.
@@ -80,31 +85,68 @@ class TransformersAuthor:
         device: a torch device; None takes the first GPU if there is one.
 
     Raises:
-        InputError: no such model, or an adapter that does not fit it.
-        OutOfMemoryError: memory does not hold the model.
+        InputError: no such model, or no adapter in its folder.
         MissingDependencyError: a package is missing.
     """
 
     kind = "transformers"
+    travels = True
+    uses_gpu = True
+    """A worker of a cluster gets a GPU of its own, where there are any."""
 
     def __init__(self, settings: Imagine, adapter: Path | None = None, *, device: str | None = None) -> None:
         self.name = local_name(settings.model).name
         self._settings = settings
-        (torch,) = imported("torch")
-        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._network, self._dialogue = load_causal(settings.model, device=self._device, option=_OPTION)
-        self.digest = digest_of_model(source_of(settings.model, _OPTION)[0], adapter)
-        if adapter is not None:
-            self._network = with_adapter(self._network, adapter).eval()
+        self._adapter = None if adapter is None else adapter.resolve()
+        self._asked_device = device
+        self._sent = ""
         self._newlines: dict[int, bool] = {}
+        source_of(settings.model, _OPTION)
+        if self._adapter is not None and not (self._adapter / "adapter_config.json").is_file():
+            raise no_adapter(self._adapter, "none")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Gigabytes of weights stay at home; which ones they are goes along.
+        heavy = ("_loaded", "digest", "_device")
+        return {name: value for name, value in self.__dict__.items() if name not in heavy} | {"_sent": self.digest}
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 over the files of the model and of its adapter; empty if they are not on this machine."""
+        if not Path(source_of(self._settings.model, _OPTION)[0]).is_dir():
+            # A model that is still at the hub is fetched by loading it.
+            _ = self._loaded
+        return digest_of_model(source_of(self._settings.model, _OPTION)[0], self._adapter)
+
+    @functools.cached_property
+    def _device(self) -> str:
+        (torch,) = imported("torch")
+        return self._asked_device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    @functools.cached_property
+    def _loaded(self) -> tuple[Any, Dialogue]:
+        network, dialogue = load_causal(self._settings.model, device=self._device, option=_OPTION)
+        if self._adapter is not None:
+            network = with_adapter(network, self._adapter).eval()
+        return network, dialogue
+
+    @property
+    def _network(self) -> Any:
+        return self._loaded[0]
+
+    @property
+    def _dialogue(self) -> Dialogue:
+        return self._loaded[1]
 
     def write(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
         """One answer for each prompt: its first line, and of that the first sentence. See `Author`.
 
         Raises:
+            InputError: what is no causal model, an adapter that does not fit it, or another model than was sent here.
             LanguageModelError: a prompt that the model's context does not hold, or the model failed.
-            OutOfMemoryError: memory does not hold one answer.
+            OutOfMemoryError: memory does not hold the model, or one answer.
         """
+        self._check_sent()
         tokens = [self._dialogue.prompt(prompt) for prompt in prompts]
         limits = [self._limit(prompt) for prompt in tokens]
         answers = [""] * len(tokens)
@@ -117,6 +159,14 @@ class TransformersAuthor:
                 for at, answer in zip(part, found, strict=True):
                     answers[at] = first_sentence(self._dialogue.text(answer))
         return answers
+
+    def _check_sent(self) -> None:
+        if self._sent and self.digest != self._sent:
+            raise InputError(
+                wanted=f"the files of the language model {self.name!r} as on the machine that began the run",
+                got=f"others at {self._settings.model}" + (f" and {self._adapter}" if self._adapter else ""),
+                next_step="Give every machine of the cluster the same folder under the same path.",
+            )
 
     def _limit(self, prompt: list[int]) -> int:
         context = context_of(self._network)
@@ -316,11 +366,16 @@ def with_adapter(network: Any, adapter: Path, *, trainable: bool = False) -> Any
             warnings.simplefilter("ignore")
             return peft.PeftModel.from_pretrained(network, str(adapter), is_trainable=trainable, local_files_only=True)
     except Exception as error:  # peft raises whatever its layers raise
-        raise InputError(
-            wanted=f"a LoRA adapter of this language model in {adapter}",
-            got=one_line(error),
-            next_step="Restore the folder, or remove it to have it trained again.",
-        ) from error
+        raise no_adapter(adapter, one_line(error)) from error
+
+
+def no_adapter(adapter: Path, got: str) -> InputError:
+    """The refusal of a folder that is no adapter."""
+    return InputError(
+        wanted=f"a LoRA adapter of this language model in {adapter}",
+        got=got,
+        next_step="Restore the folder, or remove it to have it trained again.",
+    )
 
 
 def first_sentence(answer: str) -> str:

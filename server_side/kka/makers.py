@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from edgead.server_side.kka.config import Config
+from edgead.server_side.kka.jobs import OrderedMap
 from edgead.server_side.kka.rounds import Makers
-from edgead.server_side.kka.seams import Author, Embedder, Evaluator, Painted, Painter, Tuner
-from edgead.server_side.kka.stages import Job, OrderedMap
+from edgead.server_side.kka.seams import Author, Embedder, Evaluator, Painter, Tuner
 from edgead.server_side.kka.work import WorkFolder
 
 
@@ -21,7 +22,8 @@ def opened_makers(
 
     Args:
         config: of the run.
-        ray: address of a Ray cluster to paint on ('auto', 'local' or 'ray://HOST:PORT'); None paints in this process.
+        ray: address of a Ray cluster for writing, painting, embedding and measuring ('auto', 'local', 'HOST:PORT' or
+            'ray://HOST:PORT'); None does it in this process.
         say: a line for people.
 
     Raises:
@@ -62,7 +64,7 @@ def opened_makers(
         return measure_round(work, number)
 
     with contextlib.ExitStack() as stack:
-        mapped: OrderedMap[Job, Painted | None] = map
+        mapped: OrderedMap[Any, Any] = map
         if ray is not None:
             from edgead.server_side.kka.scale_out import ray_map
 

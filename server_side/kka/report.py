@@ -14,10 +14,10 @@ from edgead.runtime.errors import EdgeadError
 from edgead.runtime.files import write_file
 from edgead.runtime.image import read_image
 from edgead.server_side.html import ACCENT, BAD, GOOD, INK, LINE, QUIET, cards, data_uri, page, table, ticks
+from edgead.server_side.kka.jobs import painted_image
 from edgead.server_side.kka.measuring import NO_ANOMALIES
 from edgead.server_side.kka.records import Caption, Image, Judgement, Normal, Representative
 from edgead.server_side.kka.rounds import facts
-from edgead.server_side.kka.stages import painted_image
 from edgead.server_side.kka.work import WorkFolder
 
 _SHOWN = 12
@@ -217,7 +217,7 @@ def _side_by_side(work: WorkFolder, numbers: Sequence[int]) -> str:
 def _figure(work: WorkFolder, image: Image, captions: dict[str, str], judged: Judgement) -> str:
     text = captions.get(image.parent, "")
     try:
-        source = data_uri(painted_image(work, image), side=_SIDE)
+        source = data_uri(painted_image(work.path, image), side=_SIDE)
     except EdgeadError as error:
         return f"<figure><figcaption>{html.escape(image.id)}: {html.escape(error.got)}</figcaption></figure>"
     ratio = judged.distance / judged.limit

@@ -19,9 +19,10 @@ import numpy as np
 
 from edgead.runtime.files import write_file
 from edgead.server_side.kka.choices import collect, preferences
+from edgead.server_side.kka.jobs import OrderedMap
 from edgead.server_side.kka.records import Caption, Cost, Image, Judgement, Member, Preference
-from edgead.server_side.kka.seams import Author, Embedder, Evaluator, Painted, Painter, Tuner, seed_of
-from edgead.server_side.kka.stages import Job, OrderedMap, imagine, judge, paint, pick_representatives
+from edgead.server_side.kka.seams import Author, Embedder, Evaluator, Painter, Tuner, seed_of
+from edgead.server_side.kka.stages import imagine, judge, paint, pick_representatives
 from edgead.server_side.kka.work import WorkFolder
 
 STAGES = ("describe", "representatives", "imagine", "paint", "judge", "collect", "prefer")
@@ -39,7 +40,7 @@ class Makers:
         painter: paints.
         evaluator: trains the confusion evaluator of a round, or reads the one that was trained.
         tuner: teaches the author.
-        mapped: spreads painting over machines; `map` for this process.
+        mapped: spreads writing, painting, embedding and measuring over machines; `map` for this process.
         measure: compares the sets of rounds on labelled pictures, where there are some.
         say: a line for people.
     """
@@ -50,7 +51,7 @@ class Makers:
     painter: Callable[[], Painter]
     evaluator: Callable[[WorkFolder, int], Evaluator]
     tuner: Callable[[], Tuner]
-    mapped: OrderedMap[Job, Painted | None] = map
+    mapped: OrderedMap[Any, Any] = map
     measure: Callable[[WorkFolder, int], object] = lambda work, number: None
     say: Callable[[str], object] = lambda line: None
 
@@ -76,7 +77,7 @@ def run(work: WorkFolder, makers: Makers, *, stage: str | None = None, last_roun
         rounds = next((at for at in range(rounds) if not work.is_done(stage, at)), rounds)
     makers.describe(work)
     if until >= 1 and not work.is_done("representatives"):
-        pick_representatives(work, makers.embedder())
+        pick_representatives(work, makers.embedder(), makers.mapped)
     painter = _once(makers.painter)
     for number in range(rounds + 1 if until >= 2 else 0):
         # Every round but the last is whole, since the next one rests on it.
@@ -85,11 +86,11 @@ def run(work: WorkFolder, makers: Makers, *, stage: str | None = None, last_roun
 
 def _round(work: WorkFolder, makers: Makers, painter: Callable[[], Painter], number: int, until: int) -> None:
     if not work.is_done("imagine", number):
-        imagine(work, number, makers.author(adapter_before(work, number)), painter())
+        imagine(work, number, makers.author(adapter_before(work, number)), painter(), makers.mapped)
     if until >= 3 and not work.is_done("paint", number):
         paint(work, number, painter(), makers.mapped)
     if until >= 4 and not work.is_done("judge", number):
-        judge(work, number, makers.evaluator(work, number))
+        judge(work, number, makers.evaluator(work, number), makers.mapped)
     if until >= 5:
         collect(work, number)
         _measure(work, number, makers)

@@ -36,7 +36,11 @@ class Painted:
 
 
 class Author(Protocol):
-    """Writes captions of anomalies. `kind`, `name` and `digest` go into the records."""
+    """Writes captions of anomalies. `kind`, `name` and `digest` go into the records.
+
+    One that can be sent to the workers of a cluster and is worth it says so with `travels = True`, and with
+    `uses_gpu = True` that each of them needs a GPU where there are any.
+    """
 
     @property
     def kind(self) -> str: ...
@@ -58,7 +62,10 @@ class Author(Protocol):
 
 
 class Painter(Protocol):
-    """Paints an anomaly after a caption. `kind`, `name` and `digest` go into the records."""
+    """Paints an anomaly after a caption. `kind`, `name` and `digest` go into the records.
+
+    It may be sent to the workers of a cluster; with `uses_gpu = True` each of them gets a GPU where there are any.
+    """
 
     @property
     def kind(self) -> str: ...
@@ -96,7 +103,7 @@ class Painter(Protocol):
 
 
 class Embedder(Protocol):
-    """Turns frames into vectors in which clusters of normals are found."""
+    """Turns frames into vectors in which clusters of normals are found; it may be sent to workers of a cluster."""
 
     @property
     def name(self) -> str: ...
@@ -107,7 +114,10 @@ class Embedder(Protocol):
 
 
 class Evaluator(Protocol):
-    """The confusion evaluator: how far an image lies from the normals, and how far is still hard."""
+    """The confusion evaluator: how far an image lies from the normals, and how far is still hard.
+
+    It may be sent to the workers of a cluster, when it is trained.
+    """
 
     @property
     def normal_distances(self) -> NDArray[np.float32]:

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 from edgead.runtime.errors import InputError, storage_errors
+from edgead.server_side.kka.jobs import painted_image
 from edgead.server_side.kka.records import Image, Member
-from edgead.server_side.kka.stages import painted_image
 from edgead.server_side.kka.work import WorkFolder
 
 
@@ -81,7 +81,7 @@ def export_members(
     masks = 0
     with storage_errors(folder, "to write a set"):
         for image, _ in found:
-            painted_image(work, image)
+            painted_image(work.path, image)
             shutil.copyfile(work.path / image.file, folder / f"{image.id}.png")
             if image.mask:
                 shutil.copyfile(work.path / image.mask, folder / f"{image.id}_mask.png")

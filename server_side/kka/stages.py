@@ -7,17 +7,17 @@ killed ends with the bytes of one that was not.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgead.runtime.errors import ImageError, InputError
+from edgead.runtime.errors import InputError
 from edgead.runtime.image import encode_png, read_image
 from edgead.runtime.progress import Progress
 from edgead.server_side.kka.config import Config
+from edgead.server_side.kka.jobs import Batch, EmbedJob, Job, MeasureJob, OrderedMap, PaintJob, WriteJob
 from edgead.server_side.kka.records import (
     Caption,
     Image,
@@ -34,43 +34,26 @@ from edgead.server_side.kka.seams import (
     Frame,
     Painted,
     Painter,
-    UndrawableCaptionError,
     seed_of,
 )
 from edgead.server_side.kka.work import WorkFolder
-from edgead.server_side.prompts.answers import clean_phrase
+
+Record = TypeVar("Record")
 
 _DIGITS = 5
-_EMBED_BATCH = 32
-_NOTHING = "no words in the answer"
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-OrderedMap = Callable[[Callable[[Item], Result], Iterable[Item]], Iterator[Result]]
-"""Applies a function to items and yields results in the items' order; `map`, or one over many machines."""
+_FRAMES = 16
+"""Frames that are embedded or measured together: what a worker is given at a time. Results do not depend on it."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """One image to paint.
-
-    Attributes:
-        name: of the image.
-        caption: in words.
-        parent: id of the caption.
-        normal: the photograph to paint on, or None.
-        seed: of the image.
-    """
-
-    name: str
-    caption: str
-    parent: str
-    normal: Normal | None
-    seed: int
-
-
-def pick_representatives(work: WorkFolder, embedder: Embedder) -> list[Representative]:
+def pick_representatives(
+    work: WorkFolder, embedder: Embedder, mapped: OrderedMap[Any, Any] = map
+) -> list[Representative]:
     """Cluster the described normals and choose one representative for each; see `representatives`.
+
+    Args:
+        work: the run.
+        embedder: in whose features clusters are found.
+        mapped: spreads the embedding; see `OrderedMap`.
 
     Raises:
         InputError: nothing was described.
@@ -84,9 +67,9 @@ def pick_representatives(work: WorkFolder, embedder: Embedder) -> list[Represent
     have = {record.id for record in work.records(Representative)}
     with work.stage("representatives") as made, Progress("embedding normals", len(normals)) as progress:
         features = []
-        for start in range(0, len(normals), _EMBED_BATCH):
-            part = normals[start : start + _EMBED_BATCH]
-            features.append(embedder.embed([read_image(work.normals / record.file) for record in part]))
+        parts = _parts(normals)
+        for part, found in zip(parts, mapped(EmbedJob(embedder, work.normals), parts), strict=True):
+            features.append(found)
             progress.advance(len(part))
         chosen = choose(
             np.concatenate(features),
@@ -94,24 +77,34 @@ def pick_representatives(work: WorkFolder, embedder: Embedder) -> list[Represent
             shrinkage=settings.shrinkage,
             seed=seed_of(work.config.seed, "clusters"),
         )
-        for found in chosen:
-            name = f"r{found.cluster:0{_DIGITS}d}"
+        for best in chosen:
+            name = f"r{best.cluster:0{_DIGITS}d}"
             if name not in have:
-                parent = normals[found.row].id
-                work.append(Representative(name, parent, found.cluster, found.size, round(found.score, 9)))
+                parent = normals[best.row].id
+                work.append(Representative(name, parent, best.cluster, best.size, round(best.score, 9)))
                 made.append(1)
     return work.records(Representative)
 
 
-def imagine(work: WorkFolder, number: int, author: Author, painter: Painter) -> list[Caption]:
+def imagine(
+    work: WorkFolder, number: int, author: Author, painter: Painter, mapped: OrderedMap[Any, Any] = map
+) -> list[Caption]:
     """Have captions of anomalies written, one after another representative in turn.
 
     An answer without usable words, or one that the painter cannot draw, is asked for again with another seed; after
     `imagine.attempts` the last one is kept with the reason.
 
+    Args:
+        work: the run.
+        number: of the round.
+        author: writes.
+        painter: says what it cannot draw.
+        mapped: spreads the work of an author that `travels`; see `OrderedMap`.
+
     Raises:
         InputError: no representatives, or not one usable caption in the whole round.
         LanguageModelError: the author cannot be reached, or failed.
+        OutOfMemoryError: the author's memory does not suffice; what was written is kept.
     """
     if work.is_done("imagine", number):
         return work.records(Caption, number)
@@ -119,32 +112,35 @@ def imagine(work: WorkFolder, number: int, author: Author, painter: Painter) -> 
     representatives = work.records(Representative)
     _need(representatives, "representatives", "edgead kka representatives")
     captions = {record.id: record.caption for record in work.records(Normal)}
+    parents = [representatives[place % len(representatives)] for place in range(config.captions)]
+    prompts = [prompt_of(config, captions[parent.parent]) for parent in parents]
+    names = [numbered("c", number, place) for place in range(config.captions)]
     have = {record.id for record in work.records(Caption, number)}
+    batches = []
+    for start in range(0, config.captions, config.imagine.batch):
+        places = range(start, min(start + config.imagine.batch, config.captions))
+        if not have.issuperset(names[at] for at in places):
+            batches.append(Batch(places, [prompts[at] for at in places]))
+    spread = mapped if getattr(author, "travels", False) else map
     with work.stage("imagine", number) as made, Progress(f"round {number}: captions", config.captions) as progress:
-        for start in range(0, config.captions, config.imagine.batch):
-            places = range(start, min(start + config.imagine.batch, config.captions))
-            names = [numbered("c", number, place) for place in places]
-            if not have.issuperset(names):
-                parents = [representatives[place % len(representatives)] for place in places]
-                prompts = [prompt_of(config, captions[parent.parent]) for parent in parents]
-                written = _written(config, number, author, painter, places, prompts)
-                new = [
-                    Caption(
-                        name,
-                        number,
-                        parent.id,
-                        text,
-                        Made(author.kind, author.name, author.digest, prompt, seed),
-                        refused,
-                    )
-                    for name, parent, prompt, (text, refused, seed) in zip(
-                        names, parents, prompts, written, strict=True
-                    )
-                    if name not in have
-                ]
-                work.append_all(new, number)
-                made.append(len(new))
-            progress.advance(len(names))
+        progress.advance(config.captions - sum(len(batch.places) for batch in batches))
+        function = WriteJob(author, painter, config.seed, number, config.imagine.attempts)
+        for batch, written in zip(batches, spread(function, batches), strict=True):
+            new = [
+                Caption(
+                    names[at],
+                    number,
+                    parents[at].id,
+                    answer.text,
+                    Made(author.kind, author.name, author.digest, prompts[at], answer.seed),
+                    answer.refused,
+                )
+                for at, answer in zip(batch.places, written, strict=True)
+                if names[at] not in have
+            ]
+            work.append_all(new, number)
+            made.append(len(new))
+            progress.advance(len(batch.places))
         usable = sum(not record.refused for record in work.records(Caption, number))
         if not usable:
             raise InputError(
@@ -155,9 +151,7 @@ def imagine(work: WorkFolder, number: int, author: Author, painter: Painter) -> 
     return work.records(Caption, number)
 
 
-def paint(
-    work: WorkFolder, number: int, painter: Painter, mapped: OrderedMap[Job, Painted | None] = map
-) -> list[Image]:
+def paint(work: WorkFolder, number: int, painter: Painter, mapped: OrderedMap[Any, Any] = map) -> list[Image]:
     """Paint every usable caption of a round; one that turns out undrawable only now has no image.
 
     Args:
@@ -209,23 +203,6 @@ def paint(
     return work.records(Image, number)
 
 
-@dataclass(frozen=True)
-class PaintJob:
-    """Paints one job: what is sent to other machines."""
-
-    painter: Painter
-    normals: object
-    """Folder of the photographs."""
-
-    def __call__(self, job: Job) -> Painted | None:
-        """The painted anomaly; None where the painter finds out only while it paints that it cannot."""
-        normal = None if job.normal is None else read_image(f"{self.normals}/{job.normal.file}")
-        try:
-            return self.painter.paint(job.caption, normal, seed=job.seed)
-        except UndrawableCaptionError:
-            return None
-
-
 def painting_jobs(work: WorkFolder, number: int, painter: Painter) -> list[Job]:
     """What is to be painted in a round, in order.
 
@@ -245,13 +222,14 @@ def painting_jobs(work: WorkFolder, number: int, painter: Painter) -> list[Job]:
     return jobs
 
 
-def judge(work: WorkFolder, number: int, evaluator: Evaluator) -> list[Judgement]:
+def judge(work: WorkFolder, number: int, evaluator: Evaluator, mapped: OrderedMap[Any, Any] = map) -> list[Judgement]:
     """Divide the images of a round into hard and easy ones, equation (6).
 
     Args:
         work: the run.
         number: of the round.
         evaluator: measures distances to the centre of the normals.
+        mapped: spreads the measuring; see `OrderedMap`.
 
     Raises:
         InputError: no images.
@@ -263,22 +241,21 @@ def judge(work: WorkFolder, number: int, evaluator: Evaluator) -> list[Judgement
     _need(images, f"images of round {number}", "edgead kka paint")
     have = {record.parent for record in work.records(Judgement, number)}
     floor = work.config.judge.visible_floor
+    parts = [part for part in _parts(images) if not have.issuperset(record.id for record in part)]
     with work.stage("judge", number) as made, Progress(f"round {number}: judging", len(images)) as progress:
-        for start in range(0, len(images), _EMBED_BATCH):
-            part = images[start : start + _EMBED_BATCH]
-            if not have.issuperset(record.id for record in part):
-                names = [record.id for record in part]
-                measured = evaluator.measure(names, [painted_image(work, record) for record in part])
-                new = []
-                for record, (distance, limit) in zip(part, measured, strict=True):
-                    # Without a mask nobody knows how visible it is.
-                    faint = bool(record.mask) and record.visible < floor
-                    hard = is_hard(distance, limit) and not faint
-                    name = record.id.replace("i", "j", 1)
-                    if record.id not in have:
-                        new.append(Judgement(name, number, record.id, distance, limit, hard, faint))
-                work.append_all(new, number)
-                made.append(len(new))
+        progress.advance(len(images) - sum(map(len, parts)))
+        function = MeasureJob(evaluator, work.path.resolve())
+        for part, measured in zip(parts, mapped(function, parts), strict=True):
+            new = []
+            for record, (distance, limit) in zip(part, measured, strict=True):
+                # Without a mask nobody knows how visible it is.
+                faint = bool(record.mask) and record.visible < floor
+                hard = is_hard(distance, limit) and not faint
+                name = record.id.replace("i", "j", 1)
+                if record.id not in have:
+                    new.append(Judgement(name, number, record.id, distance, limit, hard, faint))
+            work.append_all(new, number)
+            made.append(len(new))
             progress.advance(len(part))
     return work.records(Judgement, number)
 
@@ -306,54 +283,6 @@ def hard_limit(normal_distances: NDArray[np.floating], quantile: float) -> float
 def is_hard(distance: float, limit: float) -> bool:
     """Equation (6): nearer to the centre than the limit."""
     return distance < limit
-
-
-def painted_image(work: WorkFolder, record: Image) -> Frame:
-    """The pixels of a painted anomaly, checked against its record.
-
-    Raises:
-        ImageError: the file is missing, or is not the one that was painted.
-    """
-    path = work.path / record.file
-    try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        found = str(error.strerror)
-    if found != record.sha256:
-        raise ImageError(
-            wanted=f"the image {record.id} at {path}",
-            got="another file" if len(found) == 64 else found,
-            next_step="Restore it; its record says what made it.",
-        )
-    return read_image(path)
-
-
-def _written(
-    config: Config, number: int, author: Author, painter: Painter, places: range, prompts: Sequence[str]
-) -> list[tuple[str, str, int]]:
-    """(text, why it is of no use, seed) for each place; a whole batch at a time, as an answer may depend on it."""
-    found: list[tuple[str, str, int]] = [("", _NOTHING, 0)] * len(places)
-    open_places = list(range(len(places)))
-    for attempt in range(config.imagine.attempts):
-        seeds = [seed_of(config.seed, "caption", number, places[at], attempt) for at in open_places]
-        answers = author.write([prompts[at] for at in open_places], seeds)
-        for at, seed, answer in zip(list(open_places), seeds, answers, strict=True):
-            text = clean_phrase(answer)
-            refused = _NOTHING if text is None else _undrawable(painter, text)
-            found[at] = (text or answer[:200].strip(), refused, seed)
-            if not refused:
-                open_places.remove(at)
-        if not open_places:
-            break
-    return found
-
-
-def _undrawable(painter: Painter, text: str) -> str:
-    try:
-        painter.check(text)
-    except UndrawableCaptionError as error:
-        return error.got[:500]
-    return ""
 
 
 def prompt_of(config: Config, caption: str) -> str:
@@ -387,6 +316,10 @@ def _reasons(work: WorkFolder, number: int) -> str:
         counted[record.refused] = counted.get(record.refused, 0) + 1
     most = sorted(counted.items(), key=lambda item: -item[1])[:3]
     return "; ".join(f"{count} x {reason}" for reason, count in most)
+
+
+def _parts(records: Sequence[Record]) -> list[Sequence[Record]]:
+    return [records[start : start + _FRAMES] for start in range(0, len(records), _FRAMES)]
 
 
 def numbered(letter: str, number: int, place: int) -> str:

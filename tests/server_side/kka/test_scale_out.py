@@ -14,10 +14,10 @@ import pytest
 
 from edgead.runtime.errors import FailureError, InputError, StorageError
 from edgead.runtime.image import list_images
+from edgead.server_side.kka.jobs import Job, OrderedMap, PaintJob
 from edgead.server_side.kka.procedural import GrammarAuthor, ProceduralPainter
 from edgead.server_side.kka.records import Made, Normal
 from edgead.server_side.kka.scale_out import ray_map
-from edgead.server_side.kka.stages import Job, OrderedMap, PaintJob
 
 pytest.importorskip("ray", reason="a cluster needs edgead[server]")
 
