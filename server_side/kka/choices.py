@@ -17,7 +17,8 @@ def collect(work: WorkFolder, number: int) -> list[Member]:
     of easy ones, the farthest (easiest) first, in multiples of the limit that they were judged by. Faint ones never.
 
     Raises:
-        InputError: a round before is missing.
+        InputError: a record of another kind.
+        StorageError: the file system refused.
     """
     if work.is_done("collect", number):
         return work.records(Member, number)
@@ -29,7 +30,7 @@ def collect(work: WorkFolder, number: int) -> list[Member]:
             members += [(record.parent, record.hard) for record in new]
         else:
             far = {
-                record.parent: record.distance
+                record.parent: record.distance / record.limit
                 for earlier in range(number)
                 for record in work.records(Judgement, earlier)
             }
@@ -49,8 +50,12 @@ def preferences(work: WorkFolder, number: int) -> list[Preference]:
     """Pairs of a hard caption, chosen, and an easy one, rejected. None where a round has only one kind.
 
     With `prefer.reject_faint` captions of too faint anomalies are rejected too. A caption with images of both kinds is
-    neither. Pairs are drawn by the run's seed, each hard caption as often as
-    any other.
+    neither. Pairs are drawn by the run's seed, each hard caption as often as any other; a pair of two captions with the
+    same words is left out.
+
+    Raises:
+        InputError: a record of another kind, or the configuration's prompt has other places than it may have.
+        StorageError: the file system refused.
     """
     if work.is_done("preferences", number):
         return work.records(Preference, number)
