@@ -17,6 +17,8 @@ from edgead.runtime.spec import canonical_json
 RECORD_BYTES = 64 * 1024
 """Longest line that is read."""
 
+_MADE = "what was made"
+
 Digest = Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")]
 Round = Annotated[int, Meta(ge=0, le=999)]
 Id = Annotated[str, Meta(pattern="^[a-z][0-9a-z-]{1,40}$")]
@@ -160,9 +162,12 @@ def encode_record(record: Record) -> bytes:
     """A record as one line: canonical JSON and a newline.
 
     Raises:
+        InputError: one that could not be read again, as a text in it is too long.
         ValueError: a number that is not finite.
     """
-    return canonical_json(record) + b"\n"
+    line = canonical_json(record)
+    decode_record(line, type(record), _MADE)
+    return line + b"\n"
 
 
 def decode_record(line: bytes, kind: type[AnyRecord], where: str) -> AnyRecord:
@@ -188,5 +193,7 @@ def _refusal(where: str, kind: type[Record], got: str) -> InputError:
     return InputError(
         wanted=f"a record of {kind.kind} in {where}",
         got=got,
-        next_step="Restore the file, or begin in another work folder.",
+        next_step="Restore the file, or begin in another work folder."
+        if where != _MADE
+        else "Shorten the texts of the configuration, and begin in another work folder.",
     )

@@ -16,12 +16,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
 import hashlib
 import json
 import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from edgead.runtime.disk import RealDisk
 from edgead.runtime.errors import InputError, OutputExistsError, StorageError, storage_errors
@@ -47,6 +51,8 @@ _TOML = "kka.toml"
 _RUN = "run.json"
 _LOCK = "lock"
 _OF_THE_RUN = (Normal, Representative, Cost)
+_PART = ".*.part"
+"""What `edgead.runtime.files` leaves of a file when it is killed."""
 
 
 class WorkFolder:
@@ -66,6 +72,12 @@ class WorkFolder:
             content = json.loads((path / _RUN).read_bytes())
             self.config = parse_config(self._read(_TOML), str(path / _TOML))
             schema, self.normals, digest = int(content["schema"]), Path(content["normals"]), content["config"]
+        except FileNotFoundError as error:
+            raise InputError(
+                wanted=f"the work folder of a run at {path}",
+                got=f"a folder without {Path(error.filename or _RUN).name}" if path.is_dir() else "nothing there",
+                next_step="Begin one with: edgead kka run CONFIG",
+            ) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 wanted=f"the work folder of a run at {path}",
@@ -76,6 +88,7 @@ class WorkFolder:
             raise InputError(
                 wanted=f"a work folder of schema {SCHEMA}", got=f"schema {schema}", next_step="Update edgead."
             )
+        self._digest = digest
         if digest != hashlib.sha256(self._read(_TOML)).hexdigest():
             raise InputError(
                 wanted=f"the configuration that {path} was begun with",
@@ -99,24 +112,30 @@ class WorkFolder:
         """
         if (path / _RUN).exists():
             work = cls(path)
-            if work._read(_TOML) != toml:
+            # Comments and spaces may change: they decide nothing.
+            if work.config.digest == parse_config(toml).digest:
+                # With paths that are right from here, wherever the run was begun.
+                work.config, work.normals = config, Path(config.normals)
+                return work
+            if any(work._lines()):
                 raise OutputExistsError(
                     wanted=f"a new folder, or the run that is in {path}",
-                    got="another configuration than it was begun with",
+                    got=f"another configuration than it was begun with: {_difference(work.config, parse_config(toml))}",
                     next_step="Name another folder with -o, or restore the configuration.",
                 )
-            # With paths that are right from here, wherever the run was begun.
-            work.config, work.normals = config, Path(config.normals)
-            return work
-        if path.exists() and any(name != _LOCK for name in os.listdir(path)):
+        elif path.exists() and any(name not in (_LOCK, _TOML) for name in _names(path)):
             raise OutputExistsError(
                 wanted=f"an empty folder, or one of a run, at {path}",
-                got="one with other files",
+                got=f"one with other files: {', '.join(_names(path)[:3])}",
                 next_step="Name another folder with -o.",
             )
-        write_file(path / _TOML, toml)
-        run = {"schema": SCHEMA, "config": hashlib.sha256(toml).hexdigest(), "normals": config.normals}
-        write_file(path / _RUN, json.dumps(run, indent=1, sort_keys=True).encode() + b"\n")
+        with storage_errors(path, "to begin a run"):
+            path.mkdir(parents=True, exist_ok=True)
+        # Nothing was made yet, so nothing is lost; nobody may be about to make something after the old words.
+        with _lock(path):
+            write_file(path / _TOML, toml)
+            run = {"schema": SCHEMA, "config": hashlib.sha256(toml).hexdigest(), "normals": config.normals}
+            write_file(path / _RUN, json.dumps(run, indent=1, sort_keys=True).encode() + b"\n")
         work = cls(path)
         work.config = config
         return work
@@ -127,21 +146,17 @@ class WorkFolder:
 
         Raises:
             StorageError: another process works here.
+            InputError: another process has begun another run here meanwhile.
         """
-        disk = RealDisk()
-        with storage_errors(self.path, "to lock the work folder"):
-            lock = disk.try_lock(self.path / _LOCK)
-        if lock is None:
-            raise StorageError(
-                wanted=f"to work in {self.path}",
-                got="another process that does",
-                next_step="Wait for it, or end it; nothing that it made is lost.",
-            )
-        try:
+        with _lock(self.path):
+            if WorkFolder(self.path)._digest != self._digest:
+                raise InputError(
+                    wanted=f"the run that is in {self.path}",
+                    got="another one that has taken its place",
+                    next_step="Name another folder with -o.",
+                )
             self._mend()
             yield
-        finally:
-            disk.unlock(lock)
 
     def records(self, kind: type[AnyRecord], round_number: int = 0) -> list[AnyRecord]:
         """All records of a kind, in the order in which they were made; of one round, but for those of the whole run.
@@ -214,6 +229,16 @@ class WorkFolder:
         write_file(self._mark(stage, round_number), b"")
 
     @contextlib.contextmanager
+    def timed(self, what: str, round_number: int, items: int) -> Iterator[None]:
+        """Count what is no stage of its own towards the cost of a round, however it ends."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(StorageError):
+                self.append(Cost(what, round_number, items, round(time.monotonic() - start, 3)))
+
+    @contextlib.contextmanager
     def stage(self, name: str, round_number: int = 0) -> Iterator[list[int]]:
         """Run a stage: count its cost however it ends, and note that it is complete if it does.
 
@@ -241,15 +266,61 @@ class WorkFolder:
         with open(self.path / name, "rb") as stream:
             return stream.read(CONFIG_BYTES + 1)
 
+    def _lines(self) -> Iterator[Path]:
+        """Files of records."""
+        yield from self.path.glob("*.jsonl")
+        yield from self.path.glob("round-*/*.jsonl")
+
     def _mend(self) -> None:
-        """Cut off last lines that were not written to their end."""
-        for path in [*self.path.glob("*.jsonl"), *self.path.glob("round-*/*.jsonl")]:
+        """Cut off last lines that were not written to their end, and remove files that were not."""
+        for part in [*self.path.glob(f"round-*/{_PART}"), *self.path.glob(f"round-*/*/{_PART}")]:
+            with storage_errors(part, "to remove half a file"):
+                if part.is_file():
+                    part.unlink(missing_ok=True)
+        for path in self._lines():
             with storage_errors(path, "to mend a file of records"), open(path, "r+b") as stream:
                 data = stream.read()
                 whole = data.rfind(b"\n") + 1
                 if whole != len(data):
                     stream.truncate(whole)
                     os.fsync(stream.fileno())
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    disk = RealDisk()
+    with storage_errors(path, "to lock the work folder"):
+        lock = disk.try_lock(path / _LOCK)
+    if lock is None:
+        raise StorageError(
+            wanted=f"to work in {path}",
+            got="another process that does",
+            next_step="Wait for it, or end it; nothing that it made is lost.",
+        )
+    try:
+        yield
+    finally:
+        disk.unlock(lock)
+
+
+def _names(path: Path) -> list[str]:
+    """What is in a folder but for what a kill left of a file."""
+    with storage_errors(path, "to look into a folder"):
+        return sorted(name for name in os.listdir(path) if not fnmatch.fnmatchcase(name, _PART))
+
+
+def _difference(old: Config, new: Config) -> str:
+    """The first fields in which two configurations differ."""
+    before, after = _fields(msgspec.to_builtins(old)), _fields(msgspec.to_builtins(new))
+    found = [f"{name} was {before[name]!r}, is {after[name]!r}" for name in before if before[name] != after[name]]
+    return "; ".join(found[:3])[:300]
+
+
+def _fields(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in content.items():
+        found |= _fields(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
 def trace(work: WorkFolder, image: str) -> list[Record]:

@@ -231,8 +231,11 @@ def test_two_processes_do_not_work_in_one_folder(new_work: Callable[..., WorkFol
         pass
 
 
-def test_another_configuration_or_folder_is_refused(new_work: Callable[..., WorkFolder], tmp_path: Path) -> None:
+def test_another_configuration_or_folder_is_refused(
+    new_work: Callable[..., WorkFolder], makers_of_tests: ModuleType, tmp_path: Path
+) -> None:
     work = new_work()
+    run(work, makers_of_tests.makers(), stage="describe")
     with pytest.raises(OutputExistsError, match="another configuration"):
         new_work("seed = 5")
     (work.path / "kka.toml").write_text("normals = 'x'\n")
