@@ -96,7 +96,7 @@ def _steepness(small: NDArray[np.uint8]) -> Field:
     soft = cv2.GaussianBlur(small, (0, 0), 0.8).astype(np.float32)
     across = cv2.Scharr(soft, cv2.CV_32F, 1, 0)
     down = cv2.Scharr(soft, cv2.CV_32F, 0, 1)
-    return np.asarray(np.hypot(across, down).max(axis=2) / 16.0, dtype=np.float32)
+    return np.asarray(np.sqrt((across * across + down * down).max(axis=2)) / 16.0, dtype=np.float32)
 
 
 def _enclosed(quiet: Mask, rim: Mask) -> Mask | None:
@@ -135,9 +135,11 @@ def _snapped(small: NDArray[np.uint8], rough: Mask, strong: Mask, rim: Mask) -> 
 
 
 def _hull(inside: Mask) -> NDArray[np.uint8]:
+    thing = inside.astype(np.uint8)
+    # Of the outlines alone: the hull of every pixel is the same and takes ten times as long.
+    outlines, _ = cv2.findContours(thing, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     hull = np.zeros(inside.shape, np.uint8)
-    points = np.argwhere(inside)[:, ::-1].astype(np.int32)
-    cv2.fillConvexPoly(hull, cv2.convexHull(points), 1)
+    cv2.fillConvexPoly(hull, cv2.convexHull(np.concatenate(outlines)), 1)
     return hull
 
 

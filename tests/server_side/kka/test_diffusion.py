@@ -22,6 +22,8 @@ from edgead.server_side.kka.painters import open_painter
 from edgead.server_side.kka.records import Image
 from edgead.server_side.kka.seams import UndrawableCaptionError
 from edgead.server_side.kka.work import WorkFolder
+from edgead.server_side.painting import paint_part
+from edgead.server_side.part_finder import find_part
 
 pytest.importorskip("diffusers", reason="pipelines need edgead[server]")
 
@@ -105,6 +107,20 @@ def test_inpainting_changes_nothing_outside_its_mask(
     assert columns.mean() < 70
     assert np.array_equal(first.image, again.image)
     assert not np.array_equal(first.mask, other.mask)
+
+
+def test_a_pipeline_paints_on_the_part_and_not_on_its_background(pipelines: Callable[[str], Path]) -> None:
+    flange = paint_part("flange", rng=np.random.default_rng(2), size=128).image
+    part = find_part(flange)
+    assert not part.all()
+    caption = "a large stain near the upper left corner"
+    for within in ("part", "frame"):
+        painter = open_painter(settings("inpainting", pipelines("inpaint"), within=within))
+        painted = painter.paint(caption, flange, seed=1)
+        assert painted.mask is not None
+        assert (painted.image != flange).any(2)[painted.mask > 0].any()
+        assert not (painted.image != flange).any(2)[painted.mask == 0].any()
+        assert (painted.mask > 0)[~part].any() == (within == "frame")
 
 
 def test_a_large_photograph_is_painted_at_its_own_resolution_and_a_grey_one_stays_grey(
