@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -149,14 +150,14 @@ def fitted_evaluator(work: WorkFolder, number: int) -> ConfusionEvaluator:
     if settings.evaluator == "first":
         number = 0
     backbone = load_backbone(work.config.backbone).eval()
-    folds = []
-    data: _Data | None = None
-    for fold in range(max(normals.values()) + 1):
-        path = work.round_folder(number) / f"evaluator-{fold}.safetensors"
-        if not path.exists():
-            data = data or _read(work, number, normals)
-            _train(work, number, fold, backbone, data)
-        folds.append(_load(work, number, fold, backbone))
+    every = range(max(normals.values()) + 1)
+    missing = [fold for fold in every if not _weights(work, number, fold).exists()]
+    if missing:
+        with work.timed("evaluator", number, len(missing)):
+            data = _read(work, number, normals)
+            for fold in missing:
+                _train(work, number, fold, backbone, data)
+    folds = [_load(work, number, fold, backbone) for fold in every]
     return ConfusionEvaluator(backbone, settings.size, folds, places)
 
 
@@ -245,8 +246,12 @@ def _train(work: WorkFolder, number: int, fold: int, backbone: Backbone, data: _
     checkpoint.unlink(missing_ok=True)
 
 
+def _weights(work: WorkFolder, number: int, fold: int) -> Path:
+    return work.round_folder(number) / f"evaluator-{fold}.safetensors"
+
+
 def _load(work: WorkFolder, number: int, fold: int, backbone: Backbone) -> _Fold:
-    path = work.round_folder(number) / f"evaluator-{fold}.safetensors"
+    path = _weights(work, number, fold)
     try:
         facts = json.loads(path.with_suffix(".json").read_bytes())
         if hashlib.sha256(path.read_bytes()).hexdigest() != facts["sha256"]:

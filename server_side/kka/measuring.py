@@ -65,7 +65,8 @@ def measure_round(work: WorkFolder, number: int) -> dict[str, float] | None:
     if number == 0:
         sets[NO_ANOMALIES] = ()
     paths = [sample.path for sample in tests]
-    found = {name: round(_auroc(work, name, each, paths, labels), 6) for name, each in sets.items()}
+    with work.timed("measure", number, len(sets)):
+        found = {name: round(_auroc(work, name, each, paths, labels), 6) for name, each in sets.items()}
     work.write(f"round-{number}/auroc.json", json.dumps(found, indent=1, sort_keys=True).encode() + b"\n")
     return found
 

@@ -20,7 +20,7 @@ from edgead.server_side.kka import confusion
 from edgead.server_side.kka.config import Judge
 from edgead.server_side.kka.confusion import fitted_evaluator, fold_of, folds_of_normals
 from edgead.server_side.kka.jobs import painted_image
-from edgead.server_side.kka.records import Image, Judgement, Normal
+from edgead.server_side.kka.records import Cost, Image, Judgement, Normal
 from edgead.server_side.kka.rounds import run
 from edgead.server_side.kka.stages import judge
 from edgead.server_side.kka.work import WorkFolder
@@ -150,6 +150,9 @@ def test_an_evaluator_is_trained_once_and_the_same_anywhere(
     fitted_evaluator(other, 0)
     assert files(other) == before
     assert not list(other.round_folder(0).glob("*.training"))
+    trained = [cost for cost in other.records(Cost) if cost.stage == "evaluator"]
+    assert [cost.items for cost in trained] == [2, 1]
+    assert all(cost.seconds > 0 for cost in trained)
 
 
 @pytest.mark.parametrize("harm", ["weights", "record", "no object", "no record"])
