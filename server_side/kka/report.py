@@ -8,22 +8,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 
 from edgead.runtime.errors import EdgeadError
 from edgead.runtime.files import write_file
 from edgead.runtime.image import read_image
-from edgead.server_side.html import ACCENT, BAD, GOOD, INK, LINE, QUIET, cards, data_uri, page, table, ticks
+from edgead.server_side.html import ACCENT, BAD, GOOD, INK, LINE, QUIET, cards, data_uri, page, table
 from edgead.server_side.kka.jobs import painted_image
 from edgead.server_side.kka.measuring import NO_ANOMALIES
 from edgead.server_side.kka.records import Caption, Image, Judgement, Normal, Representative
 from edgead.server_side.kka.rounds import facts
+from edgead.server_side.kka.seams import Frame
 from edgead.server_side.kka.work import WorkFolder
 
 _SHOWN = 12
+_SHOWN_FAINT = 5
 _SIDE = 220
+_OUTLINE = (255, 196, 0)
 _BINS = 48
 _IN_A_ROW = 7
+_COSTLY = ("describe", "representatives", "imagine", "paint", "evaluator", "judge", "measure", "prefer")
+"""Columns of the cost, in the order of the work."""
 _ROW = f"grid-template-columns:repeat({_IN_A_ROW},minmax(0,1fr))"
 
 
@@ -54,20 +60,29 @@ def report_html(work: WorkFolder) -> str:
             f'<div class="panel">{_shares(rounds)}</div>',
             f'<div class="panel">{_distances(work, rounds)}</div>',
             "</div>",
-            '<p class="note">Distances to the centre of the confusion evaluator, divided by the limit that each image '
-            "was judged by: left of the line is hard, equation (6). Normals are those that no evaluator was trained on."
-            "</p>",
+            '<p class="note">Squared distances to the centre of the confusion evaluator, divided by the limit that '
+            "each image was judged by: left of the line is hard, equation (6). The limit is that of "
+            f"{_limit_in_words(work.config.judge.hard_quantile)}. Each normal is measured by an evaluator that was not "
+            "trained on it.</p>",
         ]
     measured = _auroc_table(work, numbers)
     if measured:
         body += ["<h2>What it is worth</h2>", measured]
     if len(rounds) > 1:
         body += ["<h2>Round by round</h2>", _side_by_side(work, numbers)]
+    if rounds:
+        body += [
+            "<h2>What was painted</h2>",
+            '<p class="note">Pictures are spread evenly from the nearest to the farthest. A line goes around what was '
+            "painted, where the painter says where that is; it is not in the picture itself. Visible: mean change of "
+            "colour inside, 0 to 255.</p>",
+        ]
     for each in rounds:
         body += [f"<h2>KKA({each['round']})</h2>", _gallery(work, each["round"])]
     body += ["<h2>After which normals</h2>", _representatives(work), "<h2>Cost</h2>", _costs(rounds)]
-    mode = {"add": "each round joins those before", "rep": "hard anomalies replace easy ones"}[work.config.mode]
-    lead = f"{work.config.class_name}: {len(work.records(Normal))} normals, {mode}, seed {work.config.seed}"
+    modes = {"add": "add: each round joins those before", "rep": "rep: hard anomalies replace easy ones"}
+    words = [f"{len(work.records(Normal))} normals", *([modes[work.config.mode]] if work.config.rounds else [])]
+    lead = f"{work.config.class_name}: {', '.join([*words, f'seed {work.config.seed}'])}"
     return page("Key knowledge augmentation", "".join(body), lead)
 
 
@@ -99,7 +114,8 @@ def _rounds_table(work: WorkFolder, rounds: Sequence[dict[str, Any]]) -> str:
     floor = (
         f"A defect whose colours change by less than {work.config.judge.visible_floor:g} of 255 is too faint to count."
     )
-    return table(head, lines) + f'<p class="note">visible: median change of colour inside the mask. {floor}</p>'
+    note = "Hard share: hard ones of those that are not too faint. Visible: median change of colour inside the mask."
+    return table(head, lines) + f'<p class="note">{note} {floor}</p>' if lines else ""
 
 
 def _shares(rounds: Sequence[dict[str, Any]]) -> str:
@@ -111,14 +127,14 @@ def _shares(rounds: Sequence[dict[str, Any]]) -> str:
         parts.append(f'<line x1="{left}" y1="{y:.1f}" x2="{left + width}" y2="{y:.1f}" stroke="{LINE}"/>')
         parts.append(_label(left - 6, y + 4, f"{25 * place} %", "end"))
     slot = width / len(rounds)
+    bar = min(0.6 * slot, 70)
     for place, each in enumerate(rounds):
         share = each["hard_share"] or 0.0
-        x = left + slot * place + slot * 0.2
+        middle = left + slot * (place + 0.5)
         parts.append(
-            f'<rect x="{x:.1f}" y="{top + height * (1 - share):.1f}" width="{slot * 0.6:.1f}" '
+            f'<rect x="{middle - bar / 2:.1f}" y="{top + height * (1 - share):.1f}" width="{bar:.1f}" '
             f'height="{height * share:.1f}" fill="{ACCENT}"/>'
         )
-        middle = x + slot * 0.3
         parts.append(_label(middle, top + height * (1 - share) - 5, _percent(each["hard_share"]), "middle", INK))
         parts.append(_label(middle, top + height + 16, f"KKA({each['round']})", "middle"))
     return _svg(left + width + 14, top + height + 28, parts, "hard share by round")
@@ -155,10 +171,24 @@ def _distances(work: WorkFolder, rounds: Sequence[dict[str, Any]]) -> str:
     parts.append(
         f'<line x1="{edge:.1f}" y1="{top}" x2="{edge:.1f}" y2="{top + height}" stroke="{INK}" stroke-dasharray="4 3"/>'
     )
-    for tick in ticks(low, high):
-        x = left + (tick - low) / (high - low) * width
-        parts.append(_label(x, top + height + 16, f"{10**tick:.2g}", "middle"))
+    for tick in _log_ticks(low, high):
+        x = left + (np.log10(tick) - low) / (high - low) * width
+        parts.append(f'<line x1="{x:.1f}" y1="{top + height}" x2="{x:.1f}" y2="{top + height + 4}" stroke="{QUIET}"/>')
+        parts.append(_label(x, top + height + 16, f"{tick:g}", "middle"))
     return _svg(left + width + 14, top + height + 28, parts, "distances of normals, hard and easy anomalies")
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers on a logarithmic axis from 10**low to 10**high: not more than about eight."""
+    steps = (1, 2, 5) if high - low < 2.5 else (1,)
+    places = range(int(np.floor(low)), int(np.ceil(high)) + 1)
+    found = [step * 10.0**place for place in places for step in steps]
+    found = [tick for tick in found if low - 1e-9 <= np.log10(tick) <= high + 1e-9]
+    return found[:: max(1, -(-len(found) // 8))]
+
+
+def _limit_in_words(quantile: float) -> str:
+    return "the farthest held-out normal" if quantile == 1.0 else f"the {quantile:g} quantile of the held-out normals"
 
 
 def _normal_distances(work: WorkFolder, number: int) -> list[float]:
@@ -182,16 +212,18 @@ def _gallery(work: WorkFolder, number: int) -> str:
     images = {record.id: record for record in work.records(Image, number)}
     judged = sorted(work.records(Judgement, number), key=lambda record: record.distance / record.limit)
     parts = []
-    for title, kind, chosen in (
-        ("hard", "ng", [record for record in judged if record.hard]),
-        ("easy", "ok", [record for record in judged if not record.hard and not record.faint]),
+    for title, kind, chosen, most in (
+        ("hard", "ng", [record for record in judged if record.hard], _SHOWN),
+        ("easy", "ok", [record for record in judged if not record.hard and not record.faint], _SHOWN),
+        ("too faint to count", "", [record for record in judged if record.faint], _SHOWN_FAINT),
     ):
         if not chosen:
-            parts.append(f"<h3>No {title} ones</h3>")
+            if kind:
+                parts.append(f"<h3>No {title} ones</h3>")
             continue
         # Spread over all distances, so that a page shows the whole range and not its edge.
-        places = np.unique(np.linspace(0, len(chosen) - 1, min(_SHOWN, len(chosen))).astype(int))
-        shown = "" if len(places) == len(chosen) else f", {len(places)} of them"
+        places = np.unique(np.linspace(0, len(chosen) - 1, min(most, len(chosen))).astype(int))
+        shown = "" if len(places) == len(chosen) else f", {len(places)} of them shown"
         parts.append(f'<h3>{len(chosen)} <span class="{kind}">{title}</span>{shown}</h3>')
         parts.append('<div class="grid">')
         parts += [_figure(work, images[chosen[at].parent], captions, chosen[at]) for at in places.tolist()]
@@ -217,16 +249,31 @@ def _side_by_side(work: WorkFolder, numbers: Sequence[int]) -> str:
 def _figure(work: WorkFolder, image: Image, captions: dict[str, str], judged: Judgement) -> str:
     text = captions.get(image.parent, "")
     try:
-        source = data_uri(painted_image(work.path, image), side=_SIDE)
+        source = data_uri(_outlined(painted_image(work.path, image), work, image), side=_SIDE)
     except EdgeadError as error:
         return f"<figure><figcaption>{html.escape(image.id)}: {html.escape(error.got)}</figcaption></figure>"
     ratio = judged.distance / judged.limit
     kind = '<span class="ng">hard</span>' if judged.hard else '<span class="ok">easy</span>'
-    seen = f", visible {image.visible:.0f}" if image.mask else ""
+    if judged.faint:
+        kind = "too faint"
+    seen = f", visible&nbsp;{image.visible:.0f}" if image.mask else ""
     return (
         f'<figure><img src="{source}" alt="{html.escape(text, quote=True)}"><figcaption>{html.escape(text)}<br>'
-        f"{kind}, {ratio:.2f} x limit{seen}<br>{html.escape(image.id)}</figcaption></figure>"
+        f"{kind}, {ratio:.2f}&nbsp;x&nbsp;limit{seen}<br>{html.escape(image.id)}</figcaption></figure>"
     )
+
+
+def _outlined(frame: Frame, work: WorkFolder, image: Image) -> Frame:
+    """A picture, uint8 RGB [H, W, 3], with a line around what was painted, at a small distance from it."""
+    if not image.mask:
+        return frame
+    mask = (read_image(work.path / image.mask)[..., 0] > 0).astype(np.uint8)
+    # In pixels of the page: the picture is shrunk afterwards.
+    scale = max(1.0, max(frame.shape[:2]) / _SIDE)
+    away, thick = round(5 * scale), max(1, round(0.8 * scale))
+    mask = cv2.dilate(mask, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * away + 1, 2 * away + 1)))
+    outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    return np.asarray(cv2.drawContours(frame.copy(), outlines, -1, _OUTLINE, thick, cv2.LINE_AA), np.uint8)
 
 
 def _representatives(work: WorkFolder) -> str:
@@ -256,7 +303,7 @@ def _auroc_table(work: WorkFolder, numbers: Sequence[int]) -> str:
             found |= json.loads(path.read_bytes())
     if not found:
         return ""
-    order = sorted(found, key=lambda name: (name != NO_ANOMALIES, name))
+    order = [name for name in (NO_ANOMALIES, *(f"KKA({number})" for number in numbers)) if name in found]
     lines = [[name, f"{found[name]:.3f}", f"{found[name] - found[order[0]]:+.3f}"] for name in order]
     note = (
         f'<p class="note">Deep SAD, trained with each set, on {html.escape(Path(work.config.evaluate.data).name)}.</p>'
@@ -265,14 +312,17 @@ def _auroc_table(work: WorkFolder, numbers: Sequence[int]) -> str:
 
 
 def _costs(rounds: Sequence[dict[str, Any]]) -> str:
-    stages = sorted({stage for each in rounds for stage in each["seconds"]})
+    there = {stage for each in rounds for stage in each["seconds"]}
+    stages = [stage for stage in _COSTLY if stage in there]
     if not stages:
         return "<p>Nothing was made yet.</p>"
-    lines = [
-        [f"KKA({each['round']})", str(each["images"]), *(f"{each['seconds'].get(stage, 0.0):.1f}" for stage in stages)]
-        for each in rounds
-    ]
-    return table(["round", "images", *(f"{stage}, s" for stage in stages)], lines)
+    lines = []
+    for each in rounds:
+        seconds = [each["seconds"].get(stage, 0.0) for stage in stages]
+        one = f"{sum(seconds) / each['images']:.2f}" if each["images"] else "-"
+        lines.append([f"KKA({each['round']})", *(f"{value:.1f}" for value in [*seconds, sum(seconds)]), one])
+    head = ["round", *(f"{stage}, s" for stage in stages), "together, s", "for an image, s"]
+    return table(head, lines) + '<p class="note">Time on the wall, of all starts of the run together.</p>'
 
 
 def _percent(share: float | None) -> str:
