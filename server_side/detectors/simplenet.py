@@ -51,6 +51,7 @@ from edgead.server_side.detectors.simplenet_network import (
 )
 from edgead.server_side.detectors.trained import Anomalies, Samples, TrainedOptions, load_data
 from edgead.server_side.detectors.training import Schedule, batch_of, generator, train
+from edgead.server_side.devices import CPU, placed, torch_device
 from edgead.server_side.learned import Learned, Modules, finished
 
 METHOD = "simplenet"
@@ -143,6 +144,7 @@ class SimpleNetTask:
         steps: of the whole training; weights are averaged over a sixth of them.
         hidden: the discriminator's width.
         seed: of weights, batches and noise.
+        device: where the networks are trained; patches and noise come from the CPU.
         identity: what a checkpoint must agree in.
     """
 
@@ -160,16 +162,17 @@ class SimpleNetTask:
         steps: int = STEPS,
         hidden: int = HIDDEN,
         seed: int = 0,
+        device: torch.device = CPU,
         identity: dict[str, Any] | None = None,
     ) -> None:
         self._normals, self._anomalies = normals, anomalies
         self._stop, self._stop_anomalies = stop, stop_anomalies
-        self._noise, self._seed = noise, seed
+        self._noise, self._seed, self._device = noise, seed, device
         self._batch = min(batch, len(normals))
         self._each = min(max(1, patches // self._batch), normals.shape[1])
         network = SimpleNetwork(normals.shape[-1], hidden, seed)
         network.spread.copy_(_spread(normals))
-        self.module = Averaged(network, steps // 6)
+        self.module = Averaged(network, steps // 6).to(device)
         judging = [*network.hidden.parameters(), *network.norm.parameters(), *network.last.parameters()]
         self._optimizer = torch.optim.Adam(
             [
@@ -215,17 +218,17 @@ class SimpleNetTask:
             loss = self._losses(self.module.mean, part.flatten(0, 1), part.new_zeros(0, part.shape[-1]), drawn)["noise"]
             total += float(loss) * len(part) / len(self._stop)
         held = self._stop_anomalies
-        worst = [-scores_of(self.module.mean, image).amax()[None] for image in held.unmasked]
+        worst = [-scores_of(self.module.mean, image.to(self._device)).amax()[None] for image in held.unmasked]
         return total + ANOMALY_WEIGHT * float(
-            anomalous_l1(torch.cat([-scores_of(self.module.mean, held.anomalous), *worst]))
+            anomalous_l1(torch.cat([-scores_of(self.module.mean, held.anomalous.to(self._device)), *worst]))
         )
 
     def _losses(
         self, network: SimpleNetwork, normal: Tensor, anomalous: Tensor, drawn: torch.Generator
     ) -> dict[str, Tensor]:
         count = len(normal)
-        adapted = network.adapted(torch.cat([normal, anomalous]))
-        noise = torch.randn(count, normal.shape[1], generator=drawn) * self._noise
+        adapted = network.adapted(torch.cat([normal, anomalous]).to(self._device))
+        noise = (torch.randn(count, normal.shape[1], generator=drawn) * self._noise).to(self._device)
         judged = network.judged(torch.cat([adapted, adapted[:count] + noise]))
         losses = {"noise": truncated_l1(judged[:count], judged[count + len(anomalous) :])}
         if len(anomalous):
@@ -240,7 +243,7 @@ class SimpleNetTask:
         # Looking for them must not move the running statistics.
         network = self.module.current.eval()
         with torch.no_grad():
-            worst = network(images.flatten(0, 1)).reshape(images.shape[:2]).argmax(1)
+            worst = network(images.flatten(0, 1).to(self._device)).reshape(images.shape[:2]).argmax(1).cpu()
         network.train()
         return images[torch.arange(len(images)), worst]
 
@@ -255,13 +258,22 @@ def _spread(patches: Tensor) -> Tensor:
     return patches.flatten(0, 1).var(0).mean().sqrt().clamp_min(1e-6)
 
 
-def patches_of(trunk: MemoryBankTrunk, frames: NDArray[np.uint8], grid: tuple[int, int], dimensions: int) -> Tensor:
-    """Patches of many frames uint8 [N, H, W, 3], in batches: float32 [N, P, D], 0.8 MB for a frame of 256 pixels."""
+def patches_of(
+    trunk: MemoryBankTrunk,
+    frames: NDArray[np.uint8],
+    grid: tuple[int, int],
+    dimensions: int,
+    device: torch.device = CPU,
+) -> Tensor:
+    """Patches of many frames uint8 [N, H, W, 3], in batches: float32 [N, P, D], 0.8 MB for a frame of 256 pixels.
+
+    They are computed on the device and kept on the CPU.
+    """
     found = torch.empty(len(frames), grid[0] * grid[1], dimensions)
-    with torch.inference_mode():
+    with placed(trunk, device), torch.inference_mode():
         for at in range(0, len(frames), _BATCH_EMBEDDED):
             part = torch.from_numpy(np.ascontiguousarray(frames[at : at + _BATCH_EMBEDDED]))
-            found[at : at + len(part)] = trunk(part)
+            found[at : at + len(part)] = trunk(part.to(device))
     return found
 
 
@@ -302,25 +314,27 @@ def learn(
         checkpoint: where the training is kept between interruptions.
 
     Raises:
-        InputError: fewer than 2 normals.
+        InputError: fewer than 2 normals, or no such device.
         ImageError: a file is no picture.
         BackboneError: an unknown backbone.
     """
+    device = torch_device(options.device)
     backbone = load_backbone(options.backbone, weights=options.backbone_weights, layers=options.layers).eval()
     data = load_data(normal, options, anomalous)
     trunk = MemoryBankTrunk(backbone).eval()
     grid, dimensions = patch_grid(trunk, options.preprocessing)
 
+    def embedded(frames: NDArray[np.uint8]) -> Tensor:
+        return patches_of(trunk, frames, grid, dimensions, device)
+
     def patch_set(anomalies: Anomalies) -> PatchSet:
         labels = cell_labels(anomalies, grid).flatten(1)
-        return PatchSet(
-            patches_of(trunk, anomalies.frames, grid, dimensions), labels, torch.from_numpy(anomalies.known)
-        )
+        return PatchSet(embedded(anomalies.frames), labels, torch.from_numpy(anomalies.known))
 
-    learned_from, stop = patch_set(data.anomalies), patches_of(trunk, data.stop, grid, dimensions)
+    learned_from, stop = patch_set(data.anomalies), embedded(data.stop)
     steps = options.steps or STEPS
     task = SimpleNetTask(
-        patches_of(trunk, data.train, grid, dimensions),
+        embedded(data.train),
         learned_from,
         stop,
         patch_set(data.stop_anomalies),
@@ -329,11 +343,12 @@ def learn(
         learning_rate=options.learning_rate or LEARNING_RATE,
         steps=steps,
         seed=options.seed,
+        device=device,
         identity={"backbone": options.backbone, "data": data.digest},
     )
     schedule = Schedule(steps, validate_every=max(1, steps // 30), patience=options.patience)
     history = train(task, schedule, label="SimpleNet", checkpoint=checkpoint)
-    network = task.module.mean.eval()
+    network = task.module.to(CPU).mean.eval()
     with torch.inference_mode():
         scores = scores_of(network, stop.flatten(0, 1))
     mean, deviation = float(scores.mean()), max(float(scores.std()), 1e-6)

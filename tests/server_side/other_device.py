@@ -78,7 +78,7 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     )
     found = func(*args_here, **kwargs_here)
     if func._schema.is_mutable and isinstance(found, torch.Tensor):
-        return args[0]
+        return kwargs.get("out", args[0])
     return tree_map(lambda each: TensorThere(each) if there and isinstance(each, torch.Tensor) else each, found)
 
 
