@@ -123,7 +123,7 @@ class Autoencoder(nn.Module):
         for size, layer in zip(self.sizes, self.decoder, strict=True):
             hidden = F.relu(layer(F.interpolate(hidden, size=size, mode="bilinear", align_corners=False)))
             if drawn is not None:
-                kept = torch.rand(hidden.shape, generator=drawn) >= _DROPOUT
+                kept = (torch.rand(hidden.shape, generator=drawn) >= _DROPOUT).to(hidden.device)
                 hidden = hidden * kept / (1.0 - _DROPOUT)
         hidden = F.relu(self.smooth(F.interpolate(hidden, size=self.grid, mode="bilinear", align_corners=False)))
         found: Tensor = self.last(hidden)

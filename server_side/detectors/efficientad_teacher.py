@@ -34,6 +34,7 @@ from edgead.server_side.detectors.efficientad_networks import (
     cells,
 )
 from edgead.server_side.detectors.training import History, Schedule, batch_of, generator, train
+from edgead.server_side.devices import CPU, computing_on, device_of, placed
 from edgead.server_side.painting_parts import MATERIALS, paint_part, smooth_noise
 from edgead.server_side.photographs import read_photograph
 
@@ -44,6 +45,8 @@ LEARNING_RATE = 1e-3
 CROP = 128
 """Side of the crop of a frame that a step looks at, in pixels: most of its cost is then in cells that count."""
 _VALIDATED = 4
+_STANDARDISED = 48
+"""Normals that the teacher is standardised over: 150,000 cells at 256 pixels."""
 _STD_FLOOR = 1e-3
 
 
@@ -102,9 +105,9 @@ def described(backbone: Backbone, frames: NDArray[np.uint8], channels: int = CHA
         channels: of the description.
 
     Returns:
-        float32 [B, channels, H / 4, W / 4].
+        float32 [B, channels, H / 4, W / 4], where the backbone is.
     """
-    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 255.0
+    pixels = torch.from_numpy(np.ascontiguousarray(frames)).to(device_of(backbone)).permute(0, 3, 1, 2).float() / 255.0
     grid = (pixels.shape[-2] // CELL, pixels.shape[-1] // CELL)
     maps = []
     with torch.inference_mode():
@@ -144,6 +147,7 @@ class TeacherTask:
         steps: of the whole training; the learning rate falls to 0 over them.
         seed: of weights, frames and crops.
         identity: what a checkpoint must agree in.
+        device: where it is distilled; the backbone is moved there.
     """
 
     def __init__(
@@ -157,15 +161,18 @@ class TeacherTask:
         learning_rate: float = LEARNING_RATE,
         seed: int = 0,
         identity: dict[str, Any] | None = None,
+        device: torch.device = CPU,
     ) -> None:
-        self._backbone, self._frames, self._generic = backbone, frames, generic
+        self._backbone, self._frames, self._generic = backbone.to(device), frames, generic
+        self._device = device
         self._steps, self._rate, self._seed = steps, learning_rate, seed
-        self.module = PatchDescription(seed=seed)
+        self.module = PatchDescription(seed=seed).to(device)
         self._optimizer = torch.optim.Adam(self.module.parameters(), lr=learning_rate)
         self.optimizers = [self._optimizer]
         self.identity = {"distilled": True, "steps": steps, "seed": seed, **(identity or {})}
         some = np.concatenate([frames[:: max(1, len(frames) // 8)][:8], generic[:4]])
-        seen = torch.stack([_moments(described(backbone, frame[None])) for frame in some])
+        with computing_on(device):
+            seen = torch.stack([_moments(described(backbone, frame[None])) for frame in some])
         self._mean = seen[:, 0].mean(0)
         self._std = (seen[:, 1].mean(0) - self._mean.square()).clamp_min(_STD_FLOOR**2).sqrt()
         self._held = [stop[place] for place in range(0, len(stop), max(1, len(stop) // _VALIDATED))][:_VALIDATED]
@@ -192,7 +199,7 @@ class TeacherTask:
         wanted = of_crop(described(self._backbone, frame), place, BORDER)
         wanted = (wanted - self._mean[:, None, None]) / self._std[:, None, None]
         top, left, height, width = place
-        got = self.module(normalised(frame[:, top : top + height, left : left + width]))
+        got = self.module(normalised(frame[:, top : top + height, left : left + width]).to(self._device))
         return F.mse_loss(got, wanted)
 
 
@@ -211,8 +218,9 @@ def distil_teacher(
     seed: int = 0,
     identity: dict[str, Any] | None = None,
     checkpoint: Path | None = None,
+    device: torch.device = CPU,
 ) -> tuple[PatchDescription, History]:
-    """Distil a teacher and standardise its description over the normals.
+    """Distil a teacher.
 
     Args:
         backbone: frozen.
@@ -221,24 +229,36 @@ def distil_teacher(
         seed: makes it repeatable.
         identity: what a checkpoint must agree in.
         checkpoint: where the distillation is kept between interruptions.
+        device: where it is distilled.
 
     Returns:
-        the frozen teacher, each channel of mean 0 and deviation 1 over `frames`, and how its training went.
+        the frozen teacher on the CPU, not yet standardised, and how its training went.
 
     Raises:
         DetectorError: a checkpoint of another distillation.
         FailureError: the loss is no number any more.
     """
-    task = TeacherTask(backbone, frames, generic, stop, steps=steps, seed=seed, identity=identity)
+    home = device_of(backbone)
+    task = TeacherTask(backbone, frames, generic, stop, steps=steps, seed=seed, identity=identity, device=device)
     schedule = Schedule(steps, validate_every=max(1, steps // 4), patience=0)
     history = train(task, schedule, label="distilling the teacher", checkpoint=checkpoint)
-    teacher = task.module.requires_grad_(False)
-    with torch.inference_mode():
-        some = frames[:: max(1, len(frames) // 64)]
-        seen = torch.stack([_moments(teacher(normalised(frame[None]))) for frame in some]).mean(0)
+    backbone.to(home)
+    return task.module.cpu().requires_grad_(False), history
+
+
+def standardise(teacher: PatchDescription, frames: NDArray[np.uint8], device: torch.device = CPU) -> None:
+    """Bring each channel of what a teacher says to mean 0 and deviation 1 over normals.
+
+    Args:
+        teacher: changed in place.
+        frames: uint8 [N, H, W, 3] of normals; some of them are enough.
+        device: where it is computed.
+    """
+    with placed(teacher, device), torch.inference_mode():
+        some = frames[:: max(1, len(frames) // _STANDARDISED)]
+        seen = torch.stack([_moments(teacher(normalised(frame[None]).to(device))) for frame in some]).mean(0).cpu()
     std = (seen[1] - seen[0].square()).clamp_min(_STD_FLOOR**2).sqrt()
     teacher.normalise(seen[0].clone(), std.clone())
-    return teacher, history
 
 
 __all__ = [
@@ -252,4 +272,5 @@ __all__ = [
     "normalised",
     "of_crop",
     "picture_frames",
+    "standardise",
 ]

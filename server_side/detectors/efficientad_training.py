@@ -27,6 +27,7 @@ from edgead.server_side.detectors.efficientad_networks import (
 from edgead.server_side.detectors.efficientad_teacher import CROP, crop_place, normalised, of_crop
 from edgead.server_side.detectors.trained import Anomalies
 from edgead.server_side.detectors.training import batch_of, generator
+from edgead.server_side.devices import CPU
 
 STEPS = 400
 """Of the student; the paper's 70,000 are for GPUs, and `TrainedOptions.steps` asks for as many."""
@@ -98,7 +99,10 @@ class EfficientAdTask:
         steps: of the whole training.
         learning_rate: of Adam.
         seed: of frames, crops, changes and dropout.
+        precision: 'float32', or 'bfloat16' for the networks' passes in a step; losses, the optimizer and everything
+            that is kept are float32 either way.
         identity: what a checkpoint must agree in.
+        device: where it is trained; the networks are moved there.
     """
 
     def __init__(
@@ -112,9 +116,12 @@ class EfficientAdTask:
         steps: int = STEPS,
         learning_rate: float = LEARNING_RATE,
         seed: int = 0,
+        precision: str = "float32",
         identity: dict[str, Any] | None = None,
+        device: torch.device = CPU,
     ) -> None:
-        self.module = networks
+        self.module = networks.to(device)
+        self._device, self._half = device, precision == "bfloat16"
         self._frames, self._generic = frames, generic
         marked = np.flatnonzero(anomalies.known & anomalies.masks.any((1, 2)))
         self._anomalies = anomalies.part(marked)
@@ -129,6 +136,7 @@ class EfficientAdTask:
             "seed": seed,
             "steps": steps,
             "rate": learning_rate,
+            "precision": precision,
             **(identity or {}),
         }
 
@@ -143,9 +151,9 @@ class EfficientAdTask:
         top, left, height, width = place
         crop = pixels[..., top : top + height, left : left + width]
         with torch.no_grad():
-            taught = self.module.teacher(crop)
-        said = self.module.student(crop)
-        rebuilt = of_crop(self.module.autoencoder(pixels, drawn), place)
+            taught = self._passed(self.module.teacher, crop)
+        said = self._passed(self.module.student, crop)
+        rebuilt = of_crop(self._passed(self.module.autoencoder, pixels, drawn), place)
         losses = {
             "hard": hard_feature_loss(taught, said[:, :CHANNELS]),
             "penalty": self._penalty(number, drawn),
@@ -157,22 +165,28 @@ class EfficientAdTask:
         self._optimizer.step()
         return {name: float(loss.detach()) for name, loss in losses.items()}
 
+    def _passed(self, network: nn.Module, pixels: Tensor, *more: Any) -> Tensor:
+        """What a network makes of pixels [B, 3, H, W], in the precision of the training: float32."""
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):
+            found: Tensor = network(pixels.to(self._device), *more)
+        return found.float()
+
     def _penalty(self, number: int, drawn: torch.Generator) -> Tensor:
         own = len(self._anomalies) > 0 and (number % 2 == 1 or not len(self._generic))
         if not own and not len(self._generic):
-            return torch.zeros(())
+            return torch.zeros((), device=self._device)
         frames = self._anomalies.frames if own else self._generic
         which = batch_of(len(frames), 1, self._seed + 1, number).numpy()
         where = None
         if own:
             mask = self._cells[int(which[0])]
             place = self._around(mask, frames.shape[1:3], drawn)
-            where = of_crop(mask[None], place)
+            where = of_crop(mask[None], place).to(self._device)
         else:
             place = crop_place(frames.shape[1:3], drawn, _PENALTY_CROP)
         top, left, height, width = place
         crop = frames[which][:, top : top + height, left : left + width]
-        return penalty_loss(self.module.student(normalised(crop))[:, :CHANNELS], where)
+        return penalty_loss(self._passed(self.module.student, normalised(crop))[:, :CHANNELS], where)
 
     @staticmethod
     def _around(mask: Tensor, frame: tuple[int, ...], drawn: torch.Generator) -> tuple[int, int, int, int]:
@@ -188,7 +202,7 @@ class EfficientAdTask:
         """L_AE, L_STAE and the mean difference of student and teacher over held-out normals."""
         found = []
         for frame in self._held:
-            pixels = normalised(frame[None])
+            pixels = normalised(frame[None]).to(self._device)
             taught, said = self.module.teacher(pixels), self.module.student(pixels)
             rebuilt = self.module.autoencoder(pixels)
             local, whole = difference_maps(taught, said, rebuilt)

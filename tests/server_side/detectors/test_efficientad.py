@@ -36,7 +36,13 @@ from edgead.server_side.detectors.efficientad_networks import (
     penalty_loss,
     reconstruction_loss,
 )
-from edgead.server_side.detectors.efficientad_teacher import described, distil_teacher, generic_frames, normalised
+from edgead.server_side.detectors.efficientad_teacher import (
+    described,
+    distil_teacher,
+    generic_frames,
+    normalised,
+    standardise,
+)
 from edgead.server_side.detectors.efficientad_training import (
     EfficientAdNetworks,
     EfficientAdTask,
@@ -218,6 +224,7 @@ def test_the_teacher_says_what_the_backbone_sees_standardised() -> None:
     assert described(backbone, frames).shape == (6, 384, 16, 16)
     assert described(load_backbone("random", layers=(8,)), frames[:1]).shape == (1, 384, 16, 16), "averaged to 384"
     teacher, history = distil_teacher(backbone, frames[:4], frames[4:5], frames[5:], steps=12)
+    standardise(teacher, frames[:4])
     with torch.inference_mode():
         said = teacher(normalised(frames[:4]))
     np.testing.assert_allclose(said.mean((0, 2, 3)).numpy(), 0.0, atol=1e-3)
