@@ -3,11 +3,13 @@
     python -m benchmarks small-detectors --data DATA_SET --data OTHER_SET
     python -m benchmarks small-detectors --data DATA_SET --seed 0 --normals 200 --limit 60 --method simplenet
 
-For each data set (MVTec layout) and seed: draw photographs of `train/good`; run key knowledge augmentation on them in
-both modes, with a language model of few words that is trained from scratch, the procedural painter, Deep SAD as
-evaluator and preference training; then train each detector on the same photographs alone, with the set of *add* and
-with that of *rep*, export it, and evaluate it on `test`. Labelled pictures play no part before that last step, and
-nothing is chosen by them. Each cell is kept in the work folder as soon as it is there: start again and it goes on.
+For each data set (MVTec layout) and seed: draw photographs of `train/good`; run key knowledge augmentation on them,
+with a language model of few words that is trained from scratch, the procedural painter, Deep SAD as evaluator and
+preference training; then train each detector on the same photographs alone, with the set of *add* and with that of
+*rep*, export it, and evaluate it on `test`. As the evaluator of round 0 judges all rounds, they do not depend on the
+mode, and both sets are of one run. Labelled pictures play no part before that last step. EfficientAD's teacher is
+distilled once for each data set and seed, and its student is trained in bfloat16. Each cell is kept in the work folder
+as soon as it is there: start again and it goes on.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from benchmarks.common import note, report, table
 from benchmarks.kka_loop import LoopSettings, run_loop
 from edgead.runtime.image import list_images
 from edgead.runtime.spec import Preprocessing
-from edgead.server_side.kka.sets import samples
+from edgead.server_side.kka.choices import set_of
+from edgead.server_side.kka.records import Image
+from edgead.server_side.kka.work import WorkFolder
 
 METHODS = {
     "deep-sad": "deep_sad",
@@ -48,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=256, help="side of the detectors' input")
     parser.add_argument("--steps", type=int, help="of each detector; its own number if not given")
     parser.add_argument("--captions", type=int, default=LoopSettings.captions, help="of each round")
+    parser.add_argument("--rounds", type=int, default=LoopSettings.rounds, help="after round 0")
     parser.add_argument("--work", type=Path, default=Path("small-detectors"), help="where everything is kept")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args(arguments)
@@ -57,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         for data in options.data:
             # What decides a cell is in the folder's name: other options begin anew.
             name = f"{data.name}-{options.normals or 'all'}-{options.limit or 'all'}-{options.size}"
-            name += f"-{options.steps or 'own'}-{options.captions}"
+            name += f"-{options.steps or 'own'}-{options.captions}-{options.rounds}"
             folder = options.work / name / f"seed-{seed}"
             for method in options.method or METHODS:
                 for which in sets:
@@ -88,15 +93,20 @@ def _cell(data: Path, folder: Path, method: str, which: str, seed: int, options:
         held_out=0,
         reference=0,
         captions=options.captions,
-        mode=which if which != "none" else "add",
+        rounds=options.rounds,
     )
     work = run_loop(settings, folder, seed)
-    anomalous = samples(work) if which != "none" else []
+    anomalous = _samples(work, which) if which != "none" else []
+    more: dict[str, Any] = {}
+    if method == "efficientad":
+        from edgead.server_side.detectors.efficientad import EfficientAdExtras
+
+        more["extras"] = EfficientAdExtras(teacher=folder / "efficientad.teacher", precision="bfloat16")
     learn = importlib.import_module(f"edgead.server_side.detectors.{METHODS[method]}").learn
     trained = TrainedOptions(preprocessing=Preprocessing(options.size, options.size), steps=options.steps, seed=seed)
     checkpoint = folder / f"{method}-{which}.training"
     start = time.perf_counter()
-    learned = learn(list_images(work.normals), trained, anomalous, checkpoint=checkpoint)
+    learned = learn(list_images(work.normals), trained, anomalous, checkpoint=checkpoint, **more)
     seconds = time.perf_counter() - start
     with tempfile.TemporaryDirectory() as scratch:
         detector = learned.write(Path(scratch) / "x.detector")
@@ -107,12 +117,21 @@ def _cell(data: Path, folder: Path, method: str, which: str, seed: int, options:
     return {
         "normals": settings.normals,
         "anomalies": len(anomalous),
+        "rounds": settings.rounds,
         "tested": len(result.outcomes),
         "fit_seconds": seconds,
         **{figure: getattr(kinds["all"], figure) for figure in FIGURES},
         "auroc_by_type": {name: kind.auroc for name, kind in kinds.items() if name not in ("all", "good")},
         "milliseconds": result.milliseconds,
     }
+
+
+def _samples(work: WorkFolder, mode: str) -> list[tuple[Path, Path | None]]:
+    """Pictures and masks of the set after the last round of a run, in a mode."""
+    rounds = work.config.rounds
+    images = {record.id: record for number in range(rounds + 1) for record in work.records(Image, number)}
+    chosen = [images[name] for name, _ in set_of(work, rounds, mode)]
+    return [(work.path / image.file, work.path / image.mask if image.mask else None) for image in chosen]
 
 
 def show(found: dict[str, Any]) -> None:

@@ -22,28 +22,50 @@ def collect(work: WorkFolder, number: int) -> list[Member]:
     """
     if work.is_done("collect", number):
         return work.records(Member, number)
-    new = [record for record in work.records(Judgement, number) if not record.faint]
-    before = collect(work, number - 1) if number else []
+    before = [(member.parent, member.hard) for member in collect(work, number - 1)] if number else []
     with work.stage("collect", number) as made:
-        members = [(member.parent, member.hard) for member in before]
-        if number == 0 or work.config.mode == "add":
-            members += [(record.parent, record.hard) for record in new]
-        else:
-            far = {
-                record.parent: record.distance / record.limit
-                for earlier in range(number)
-                for record in work.records(Judgement, earlier)
-            }
-            easy = sorted((name for name, hard in members if not hard), key=lambda name: (-far[name], name))
-            better = [record.parent for record in sorted(new, key=lambda record: record.id) if record.hard]
-            swaps = dict(zip(easy, better, strict=False))
-            members = [(swaps[name], True) if name in swaps else (name, hard) for name, hard in members]
         have = {record.id for record in work.records(Member, number)}
-        found = [Member(numbered("m", number, at), number, name, hard) for at, (name, hard) in enumerate(members)]
+        found = [
+            Member(numbered("m", number, at), number, name, hard)
+            for at, (name, hard) in enumerate(_after(work, number, before, work.config.mode))
+        ]
         left = [member for member in found if member.id not in have]
         work.append_all(left, number)
         made.append(len(left))
     return work.records(Member, number)
+
+
+def set_of(work: WorkFolder, number: int, mode: str) -> list[tuple[str, bool]]:
+    """(image, whether it is hard) of the set that a round would have in a mode, whatever the run's own mode is.
+
+    Where one evaluator judges all rounds (`judge.evaluator = "first"`) rounds do not depend on the mode, and this is
+    the set of a run in that mode.
+
+    Args:
+        work: a run whose rounds up to `number` are judged.
+        number: of the round.
+        mode: add or rep.
+    """
+    found: list[tuple[str, bool]] = []
+    for at in range(number + 1):
+        found = _after(work, at, found, mode)
+    return found
+
+
+def _after(work: WorkFolder, number: int, before: list[tuple[str, bool]], mode: str) -> list[tuple[str, bool]]:
+    """The set after a round, from the one before it."""
+    new = [record for record in work.records(Judgement, number) if not record.faint]
+    if number == 0 or mode == "add":
+        return before + [(record.parent, record.hard) for record in new]
+    far = {
+        record.parent: record.distance / record.limit
+        for earlier in range(number)
+        for record in work.records(Judgement, earlier)
+    }
+    easy = sorted((name for name, hard in before if not hard), key=lambda name: (-far[name], name))
+    better = [record.parent for record in sorted(new, key=lambda record: record.id) if record.hard]
+    swaps = dict(zip(easy, better, strict=False))
+    return [(swaps[name], True) if name in swaps else (name, hard) for name, hard in before]
 
 
 def preferences(work: WorkFolder, number: int) -> list[Preference]:
@@ -95,4 +117,4 @@ def preferences(work: WorkFolder, number: int) -> list[Preference]:
     return work.records(Preference, number)
 
 
-__all__ = ["collect", "preferences"]
+__all__ = ["collect", "preferences", "set_of"]

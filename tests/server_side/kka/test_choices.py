@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
+from edgead.server_side.kka.choices import set_of
 from edgead.server_side.kka.records import Judgement, Member
 from edgead.server_side.kka.rounds import run
 from edgead.server_side.kka.seams import Frame
@@ -34,3 +35,6 @@ def test_rep_replaces_the_farthest_in_multiples_of_the_limit_that_each_was_judge
     assert gone
     assert max(kept) <= min(far[name] for name in gone)
     assert not any(member.hard for member in before if member.parent in gone)
+    assert set_of(work, 1, "rep") == [(member.parent, member.hard) for member in after]
+    judged = [record for at in range(2) for record in work.records(Judgement, at) if not record.faint]
+    assert sorted(set_of(work, 1, "add")) == sorted((record.parent, record.hard) for record in judged)
