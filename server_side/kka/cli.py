@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import click
 
 from edgead.runtime.errors import InputError, storage_errors
 from edgead.runtime.files import new_folder, refuse_existing, write_file
+from edgead.runtime.image import list_images
 from edgead.runtime.tables import table
 from edgead.server_side.kka.config import CONFIG_BYTES, read_config
+from edgead.server_side.kka.records import Caption, Image, Normal, Representative
 from edgead.server_side.kka.work import WorkFolder, trace
 
 _CONFIG = click.argument("config", type=click.Path(path_type=Path))
@@ -30,81 +33,6 @@ _RAY = click.option(
 )
 _ROUND = click.option("--round", "number", type=click.IntRange(0), help="Stop after this round.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-TEMPLATE = """\
-# A run of key knowledge augmentation. Every field is here with its default; only `normals` has none.
-# Paths are relative to this file.
-
-normals = "{normals}"          # photographs of normal parts
-product = "part"
-class_name = "part"            # what the part is, in words: {{class_name}} in templates and prompts
-mode = "add"                   # add: each round's anomalies join those before; rep: hard ones replace easy ones
-rounds = 0                     # of preference training (2 or 3 in the paper); needs imagine.author = "local"
-captions = 200                 # in each round
-seed = 0
-backbone = "embedded"          # in whose features clusters of normals are found
-
-[describe]                     # captions of the normals: from a file, a captioner, or the template
-captions = ""                  # file of lines FILE<TAB>CAPTION
-captioner = ""                 # folder of an image-to-text model of transformers
-template = "a photograph of a flawless {{class_name}}"
-
-[representatives]
-clusters = 8
-shrinkage = 0.1
-
-[imagine]                      # who writes captions of anomalies
-author = "grammar"             # grammar: at random, no model; local: a causal model of transformers; endpoint
-model = ""                     # folder of the local model, or the endpoint's name of one
-url = ""                       # of an OpenAI-compatible endpoint
-key_env = ""                   # environment variable with its key
-temperature = 1.0
-top_p = 1.0
-max_tokens = 64
-batch = 16
-attempts = 3                   # until an answer can be used
-
-[paint]                        # who paints them
-painter = "procedural"         # or text-to-image, inpainting: pipelines of diffusers
-model = ""                     # folder of the pipeline
-prompt = "{{caption}}"
-negative_prompt = ""
-steps = 30
-guidance = 7.5
-strength = 1.0
-size = 512
-images = 1                     # of each caption
-
-[judge]                        # the confusion evaluator
-hard_quantile = 1.0            # hard: nearer to the centre than this quantile of held-out normals
-visible_floor = 4.0            # mean change of colour, 0 to 255, below which a defect is too faint to count
-eta = 1.0
-evaluator = "each"             # each: trained anew in each round; first: that of round 0 judges all
-folds = 2                      # an image is judged by an evaluator that was not trained on it; 1: by one that was
-steps = 600
-batch = 32
-learning_rate = 1e-4
-held_out = 0.2
-size = 128
-
-[prefer]                       # direct preference optimisation with LoRA
-beta = 0.1
-rank = 8
-alpha = 8.0
-dropout = 0.1
-learning_rate = 5e-5
-pairs = 256
-steps = 150
-batch = 4
-accumulate = 4
-reject_faint = true            # captions of too faint anomalies are rejected like easy ones
-target_modules = []
-
-[evaluate]                     # labelled pictures on which the sets of rounds are compared; nothing rests on them
-data = ""                      # folder in the MVTec layout
-steps = 1500
-size = 256
-"""
 
 
 @click.group(
@@ -125,7 +53,9 @@ def kka() -> None:
 
 @kka.command()
 @click.option("--normals", required=True, help="Folder of photographs of normal parts.")
-@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The configuration, TOML."
+)
 @click.option("--force", is_flag=True, help="Replace what is there.")
 def new(normals: str, output: Path, force: bool) -> None:
     """Write a configuration with all fields and what they mean.
@@ -134,12 +64,20 @@ def new(normals: str, output: Path, force: bool) -> None:
     Example:
       edgead kka new --normals photos/good -o carpet.toml
     """
+    from edgead.server_side.kka.template import template
+
     refuse_existing(output, force)
-    write_file(output, TEMPLATE.format(normals=json.dumps(normals)[1:-1]).encode())
-    click.echo(f"wrote {output}; next: edgead kka run {output}")
+    count = len(list_images(normals))
+    # Paths in the file are relative to it, those of the command line to where one is.
+    place = normals if os.path.isabs(normals) else os.path.relpath(normals, output.parent)
+    write_file(output, template(place).encode())
+    click.echo(f"wrote {output} for {count} photographs; look it through, then: edgead kka run {output}")
 
 
 def _stage_command(name: str, text: str) -> None:
+    if name != "run":
+        text += " With all that comes before it and is not done yet."
+
     @kka.command(name, help=f"{text}\n\n\b\nExample:\n  edgead kka {name} carpet.toml")
     @_CONFIG
     @_OUTPUT
@@ -151,10 +89,10 @@ def _stage_command(name: str, text: str) -> None:
 
 
 _stage_command("run", "Run all stages of all rounds, and write the report.")
-_stage_command("describe", "Describe the normals.")
+_stage_command("describe", "Describe the normals: a caption for each photograph.")
 _stage_command("representatives", "Find clusters of normals, and the most typical one of each.")
-_stage_command("imagine", "Have captions of anomalies written.")
-_stage_command("paint", "Paint them.")
+_stage_command("imagine", "Have captions of anomalies written after those of the representatives.")
+_stage_command("paint", "Paint the captions of a round, on photographs of normals where the painter can.")
 _stage_command("judge", "Train the confusion evaluator and divide images into hard and easy ones.")
 _stage_command("prefer", "Teach the author to prefer captions of hard anomalies.")
 
@@ -187,7 +125,8 @@ def trace_command(work: Path, image: str, as_json: bool) -> None:
     """
     import msgspec
 
-    found = trace(WorkFolder(work), image)
+    run = WorkFolder(work)
+    found = trace(run, image)
     if as_json:
         click.echo(json.dumps([{"kind": record.kind, **msgspec.to_builtins(record)} for record in found]))
         return
@@ -195,6 +134,9 @@ def trace_command(work: Path, image: str, as_json: bool) -> None:
         content: dict[str, Any] = msgspec.to_builtins(record)
         made = content.pop("made", {})
         click.echo(f"{record.kind}: {content.pop('id', '')}")
+        if isinstance(record, Image) and record.normal:
+            photographs = {normal.id: normal.file for normal in run.records(Normal)}
+            content["normal"] = f"{record.normal} ({photographs.get(record.normal, 'not in normals.jsonl')})"
         for name, value in [*content.items(), *((f"made {key}", value) for key, value in made.items())]:
             click.echo(f"  {name:<12} {value}")
 
@@ -203,9 +145,12 @@ def trace_command(work: Path, image: str, as_json: bool) -> None:
 @_WORK
 @click.option("--round", "number", type=click.IntRange(0), help="After which round; the last one that is complete.")
 @click.option("--only", type=click.Choice(["hard", "easy"]), help="Only these of the set.")
-@click.option("-o", "--output", type=click.Path(path_type=Path, file_okay=False), required=True)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder for the pictures."
+)
 @click.option("--force", is_flag=True, help="Replace what is there.")
-def export_set(work: Path, number: int | None, only: str | None, output: Path, force: bool) -> None:
+@_JSON
+def export_set(work: Path, number: int | None, only: str | None, output: Path, force: bool, as_json: bool) -> None:
     """Write the anomalies of a round as pictures with masks beside them, for `edgead fit --anomalous`.
 
     \b
@@ -214,26 +159,55 @@ def export_set(work: Path, number: int | None, only: str | None, output: Path, f
     """
     from edgead.server_side.kka.sets import export_members
 
+    run = WorkFolder(work)
     with new_folder(output, force=force) as folder:
-        count, masks, which = export_members(WorkFolder(work), number, folder, only=only)
+        count, masks, which = export_members(run, number, folder, only=only)
+    if as_json:
+        click.echo(json.dumps({"set": str(output), "images": count, "masks": masks, "round": which}))
+        return
     click.echo(f"wrote {count} images, {masks} with masks, of KKA({which}) to {output}")
+
+
+_STAGES = ("describe", "representatives", "imagine", "paint", "judge", "prefer")
+
+
+def _made(work: WorkFolder) -> dict[str, int]:
+    """How many of each there are, of all rounds together."""
+    rounds = range(work.config.rounds + 1)
+    return {
+        "normals": len(work.records(Normal)),
+        "representatives": len(work.records(Representative)),
+        "captions": sum(len(work.records(Caption, at)) for at in rounds),
+        "images": sum(len(work.records(Image, at)) for at in rounds),
+    }
 
 
 def _run(
     config: Path, output: Path | None, stage: str | None, number: int | None, ray: str | None, as_json: bool
 ) -> None:
+    if not config.is_file():
+        raise InputError(
+            wanted=f"the configuration of a run at {config}",
+            got="a folder" if config.is_dir() else "nothing there",
+            next_step=f"Name the configuration that this run was begun with, such as {config.with_suffix('.toml')}."
+            if (config / "run.json").exists()
+            else "Write one with: edgead kka new --normals DIR -o FILE",
+        )
     checked = read_config(config)
     with storage_errors(config, "to read the configuration"), open(config, "rb") as stream:
         toml = stream.read(CONFIG_BYTES)
     # torch comes with these imports, so mistakes in the configuration are told before them
     from edgead.server_side.kka.makers import opened_makers
+    from edgead.server_side.kka.preflight import check
     from edgead.server_side.kka.rounds import facts, run
 
     if number is not None and number > checked.rounds:
         raise InputError(
             wanted=f"a round from 0 to {checked.rounds}", got=str(number), next_step="Raise `rounds` in a new run."
         )
-    work = WorkFolder.create(output or config.with_suffix(".kka"), checked, toml)
+    place = output or config.with_suffix(".kka")
+    check(checked, stage, lambda name, at: (place / f"round-{at}" / f"{name}.done").exists())
+    work = WorkFolder.create(place, checked, toml)
     with (
         work.locked(),
         opened_makers(checked, ray=ray, say=lambda line: click.echo(line, err=True)) as makers,
@@ -248,9 +222,15 @@ def _run(
     if as_json:
         for each in found:
             del each["distances_over_limit"]
-        click.echo(json.dumps({"work": str(work.path), "rounds": found}))
+        click.echo(json.dumps({"work": str(work.path), **_made(work), "rounds": found}))
         return
-    click.echo(f"work folder {work.path}")
+    made = _made(work)
+    click.echo(f"work folder {work.path}: " + ", ".join(f"{count} {name}" for name, count in made.items()))
+    if stage is None:
+        click.echo(f"report {work.path / 'report.html'}")
+        click.echo(f"next: edgead kka export-set {work.path} -o FOLDER")
+    elif stage != "prefer":
+        click.echo(f"next: edgead kka {_STAGES[_STAGES.index(stage) + 1]} {config}")
     if found:
         rows = [["round", "images", "hard", "easy", "faint", "refused", "hard share", "set", "preferences"]]
         for each in found:
