@@ -46,6 +46,7 @@ OPTIONS_OF: dict[str, tuple[str, ...]] = {
     "layers": (MEMORY_BANK, *TRAINED_METHODS, *TRAINS_PROJECTIONS),
     "steps": _LEARNS_STEPWISE,
     "device": (*TRAINED_METHODS, "cmda"),
+    **dict.fromkeys(("teacher", "generic", "precision"), ("efficientad",)),
     "projections": TRAINS_PROJECTIONS,
     "auxiliary": TRAINS_PROJECTIONS,
     "score": ("april-gan",),
@@ -114,6 +115,23 @@ def fit_options(command: Command) -> Command:
             "--device",
             help="Trained methods and cmda: where to train, as auto, cpu, cuda, or one of several GPUs such as cuda:1; "
             "auto if left out: a GPU if there is one.",
+        ),
+        click.option(
+            "--teacher",
+            type=click.Path(path_type=Path),
+            help="efficientad: file of a teacher, of an earlier fit or a published one of PDN-S (.pth). Where there is "
+            "none, it is distilled and kept there for other parts.",
+        ),
+        click.option(
+            "--generic",
+            type=click.Path(path_type=Path),
+            help="efficientad: folder of pictures of anything but the part, for teacher and penalty; painted ones if "
+            "left out.",
+        ),
+        click.option(
+            "--precision",
+            type=click.Choice(["float32", "bfloat16"]),
+            help="efficientad: of its training; bfloat16 takes half the time on processors and GPUs that know it.",
         ),
         click.option(
             "--model",

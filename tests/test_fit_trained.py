@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from edgead.cli import main
 from edgead.detector_file import read_detector
 from edgead.runtime.image import encode_png, list_images, read_image
+from edgead.server_side.detectors.efficientad_networks import PatchDescription
 from edgead.server_side.painting import paint_defect
 
 TRAINED = ["fit", "--method", "deep-sad", "--size", "64"]
@@ -47,6 +49,10 @@ def anomalies(painted_normals: Path, tmp_path_factory: pytest.TempPathFactory) -
         ("--method padim --steps 5", "deep-sad"),
         ("--method ssd --anomalous somewhere", "deep-sad"),
         ("--method memory-bank --steps 5", "deep-sad"),
+        ("--method memory-bank --device cpu", "cmda"),
+        ("--method simplenet --teacher some.teacher", "efficientad"),
+        ("--method simplenet --precision bfloat16", "efficientad"),
+        ("--method winclip --device cpu", "cmda"),
         ("--method deepsad", "deep-sad"),
         ("--method ssd --normal nowhere", "nowhere"),
     ],
@@ -67,13 +73,25 @@ def test_good_parts_are_needed(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert "no --normal" in error
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_named_with_what_to_do(
+    device: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, painted_normals: Path
+) -> None:
+    words = [*TRAINED, "--normal", painted_normals, "--device", device, "-o", tmp_path / "x.detector"]
+    code, _, error = run(capsys, *words)
+    assert code == 2
+    assert f"'{device}'" in error
+    assert "leave --device out" in error.lower()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("method", ["deep-sad", "padim", "ssd"])
 def test_a_detector_is_written_and_no_checkpoint_is_left(
     method: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, painted_normals: Path, anomalies: Path
 ) -> None:
     output = tmp_path / "part.detector"
     words = ["fit", "--method", method, "--size", "64", "--normal", painted_normals, "-o", output, "--json"]
-    words += ["--steps", 5, "--anomalous", anomalies] if method == "deep-sad" else []
+    words += ["--steps", 5, "--anomalous", anomalies, "--device", "cpu"] if method == "deep-sad" else []
     code, out, error = run(capsys, *words)
     assert code == 0, error
     card = json.loads(out)
@@ -86,6 +104,26 @@ def test_a_detector_is_written_and_no_checkpoint_is_left(
     code, _, error = run(capsys, *words)
     assert code == 2, "an existing file is kept"
     assert "part.detector" in error
+
+
+def test_a_published_teacher_and_own_pictures_serve_efficientad(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, painted_normals: Path, anomalies: Path
+) -> None:
+    teacher = PatchDescription(seed=3)
+    state = {
+        f"conv{at}.{name}": value
+        for at, layer in enumerate(teacher.children(), 1)
+        for name, value in layer.state_dict().items()
+    }
+    torch.save(state, tmp_path / "published.pth")
+    words = ["fit", "--method", "efficientad", "--size", "64", "--steps", "1", "--normal", painted_normals, "--json"]
+    words += ["--teacher", tmp_path / "published.pth", "--generic", anomalies, "--precision", "bfloat16"]
+    code, out, error = run(capsys, *words, "-o", tmp_path / "part.detector")
+    assert code == 0, error
+    card = json.loads(out)
+    assert card["teacher"] == {"published": "published.pth"}
+    assert card["penalty"] == {"pictures": 8, "kind": "own pictures"}
+    assert card["precision"] == "bfloat16"
 
 
 def test_an_unreadable_picture_is_left_out_if_asked_and_named(
