@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgead.runtime.errors import InputError
+from edgead.runtime.errors import InputError, OutOfMemoryError
 
 CPU = torch.device("cpu")
 
@@ -47,12 +47,11 @@ def torch_device(name: str = "auto") -> torch.device:
             next_step="Name one of these, or leave --device out.",
         )
     if int(number or 0) >= count:
-        there = "no GPU that torch can use" if not count else f"{count} of them, the first being cuda:0"
         raise InputError(
             wanted=f"the GPU '{name}' to train on",
-            got=there,
-            next_step="Leave --device out: a GPU is used if there is one. Whether torch sees it says "
-            "torch.cuda.is_available().",
+            got=f"{count} that torch can use, from cuda:0 on" if count else "none that torch can use",
+            next_step="Leave --device out: a GPU is used if there is one. Where torch sees none, install its build for "
+            "GPUs, and look at the driver.",
         )
     return torch.device("cuda", int(number or 0))
 
@@ -65,11 +64,15 @@ def device_of(module: nn.Module) -> torch.device:
 
 @contextlib.contextmanager
 def placed(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """A module on a device for a while; afterwards it is where it was."""
+    """A module on a device for a while; afterwards it is where it was.
+
+    Raises:
+        OutOfMemoryError: the device's memory does not hold it, or what is done with it.
+    """
     home = device_of(module)
-    module.to(device)
     try:
         with computing_on(device):
+            module.to(device)
             yield
     finally:
         module.to(home)
@@ -77,12 +80,23 @@ def placed(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def computing_on(device: torch.device) -> Iterator[None]:
-    """On a GPU: convolutions in float32 as on the CPU, where torch takes TF32, and by the same algorithm each time."""
+    """On a GPU: convolutions in float32 as on the CPU, where torch takes TF32, and by the same algorithm each time.
+
+    Raises:
+        OutOfMemoryError: the GPU's memory does not hold it.
+    """
     if device.type != "cuda":
         yield
         return
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        yield
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            wanted=f"memory for this on {device}",
+            got=str(error).partition(". ")[0],
+            next_step="Name another --device, such as cpu, or a smaller --size.",
+        ) from error
 
 
 def on_cpu(state: Any) -> Any:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgead.detector_file import weights_digest
-from edgead.runtime.errors import InputError
+from edgead.runtime.errors import InputError, OutOfMemoryError
 from edgead.runtime.spec import Preprocessing
 from edgead.server_side.backbones import load_backbone
 from edgead.server_side.detectors import deep_sad, padim, recontrast, simplenet, ssd
@@ -32,7 +32,7 @@ from edgead.server_side.detectors.recontrast_network import ReContrastNetwork
 from edgead.server_side.detectors.simplenet import PatchSet, SimpleNetTask, patches_of
 from edgead.server_side.detectors.trained import Anomalies, TrainedOptions
 from edgead.server_side.detectors.training import Schedule, Task, train
-from edgead.server_side.devices import CPU, device_of, placed, torch_device
+from edgead.server_side.devices import CPU, computing_on, device_of, placed, torch_device
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 D = 12
@@ -52,6 +52,23 @@ def test_what_is_no_device_is_refused(name: str) -> None:
 def test_a_gpu_that_is_not_there_is_refused_and_not_replaced() -> None:
     with pytest.raises(InputError, match=rf"cuda:{GPUS}.*Leave --device out"):
         torch_device(f"cuda:{GPUS}")
+
+
+def test_a_gpu_that_is_too_small_is_told_with_what_to_do() -> None:
+    def fill() -> None:
+        with computing_on(torch.device("cuda", 0)):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has ...")
+
+    with pytest.raises(OutOfMemoryError, match=r"cuda:0; got CUDA out of memory\. Name another --device"):
+        fill()
+
+
+def test_convolutions_of_a_gpu_have_the_precision_of_the_cpu_for_as_long_as_they_are_ours() -> None:
+    before = torch.backends.cudnn.allow_tf32
+    with computing_on(torch.device("cuda", 0)):
+        assert not torch.backends.cudnn.allow_tf32
+        assert torch.backends.cudnn.deterministic
+    assert torch.backends.cudnn.allow_tf32 == before
 
 
 @pytest.mark.parametrize("method", [deep_sad, simplenet, recontrast, padim, ssd], ids=lambda module: module.METHOD)
