@@ -322,10 +322,8 @@ def _costs(rounds: Sequence[dict[str, Any]]) -> str:
         one = f"{sum(seconds) / each['images']:.2f}" if each["images"] else "-"
         lines.append([f"KKA({each['round']})", *(f"{value:.1f}" for value in [*seconds, sum(seconds)]), one])
     head = ["round", *(f"{stage}, s" for stage in stages), "together, s", "for an image, s"]
-    return (
-        table(head, lines)
-        + '<p class="note">Time on the wall, of all starts of the run together; that of a start that was killed is not known.</p>'
-    )
+    note = "Time on the wall, of all starts of the run together; that of a start that was killed is not known."
+    return table(head, lines) + f'<p class="note">{note}</p>'
 
 
 def _percent(share: float | None) -> str:
