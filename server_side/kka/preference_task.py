@@ -125,7 +125,7 @@ def whole_checkpoint(folder: Path) -> Path | None:
     with storage_errors(folder, "to look for checkpoints"):
         for path in folder.glob("checkpoint-*"):
             if (path / WHOLE).is_file():
-                found.append((int(path.name.rpartition("-")[2]), path))
+                found.append((_step_of(path), path))
             else:
                 shutil.rmtree(path)
     return max(found)[1] if found else None
@@ -144,6 +144,20 @@ def mark_whole(checkpoint: Path) -> None:
                     os.fsync(stream.fileno())
         sync_folder(checkpoint)
     write_file(checkpoint / WHOLE, b"")
+
+
+def remove_older(checkpoint: Path) -> None:
+    """Remove the checkpoints before one that is complete.
+
+    The trainer's own way goes by the times of files, and warns where they say too little.
+
+    Raises:
+        StorageError: the file system refused.
+    """
+    with storage_errors(checkpoint.parent, "to remove older checkpoints"):
+        for path in checkpoint.parent.glob("checkpoint-*"):
+            if _step_of(path) < _step_of(checkpoint):
+                shutil.rmtree(path)
 
 
 def take_result(folder: Path, after: Path) -> Facts:
@@ -184,6 +198,10 @@ def kept_failure(folder: Path) -> dict[str, str] | None:
 def before_digest(before: Path | None) -> str:
     """SHA-256 of the adapter before, or empty."""
     return "" if before is None else digest_of(before)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _changed(folder: Path, got: str) -> InputError:

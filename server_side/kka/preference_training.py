@@ -11,8 +11,8 @@ sake of the reference. Here it is on again in the adapter alone, which the refer
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
-import logging
 import os
 import random
 import sys
@@ -36,7 +36,6 @@ from edgead.server_side.kka.causal import (
     load_causal,
     one_line,
 )
-from edgead.server_side.kka.config import Prefer
 from edgead.server_side.kka.language import with_adapter
 from edgead.server_side.kka.preference_task import (
     ADAPTER,
@@ -46,6 +45,7 @@ from edgead.server_side.kka.preference_task import (
     keep_failure,
     mark_whole,
     read,
+    remove_older,
     whole_checkpoint,
 )
 from edgead.server_side.kka.records import Preference
@@ -67,11 +67,12 @@ def train(folder: Path) -> None:
         StorageError: the file system refused.
     """
     task, preferences = read(folder)
-    with _quiet(), _own_randomness():
+    with _own_randomness(), contextlib.ExitStack() as shown:
         try:
-            trainer = build_trainer(task, preferences, folder)
+            trainer = build_trainer(task, preferences, folder, shown)
             checkpoint = whole_checkpoint(folder)
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            with without_renamed():
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             _keep(trainer, folder)
         except Exception as error:  # trl, peft and transformers raise whatever their layers raise
             if not isinstance(error, EdgeadError) and is_out_of_memory(error):
@@ -83,8 +84,14 @@ def train(folder: Path) -> None:
             failed(task.model, error)
 
 
-def build_trainer(task: Task, preferences: Sequence[Preference], folder: Path) -> Any:
+def build_trainer(task: Task, preferences: Sequence[Preference], folder: Path, shown: contextlib.ExitStack) -> Any:
     """The `trl.DPOTrainer` of a task, ready to train.
+
+    Args:
+        task: what to train.
+        preferences: its pairs.
+        folder: where checkpoints go.
+        shown: closes the line of progress that training opens.
 
     Raises:
         InputError: a model, adapter or layers that cannot be had; a prompt that leaves no room for an answer.
@@ -96,31 +103,27 @@ def build_trainer(task: Task, preferences: Sequence[Preference], folder: Path) -
     device = str(config.device) if on_gpu else "cpu"
     network, dialogue = load_causal(task.model, device=device, option=_OPTION)
     rows = tokenized(dialogue, preferences, context_of(network))
-    adapter = None if task.before else _lora(task.settings)
+    _agree_on_tokens(network, dialogue.tokenizer)
+    adapter = None if task.before else _lora(task, network)
     if task.before:
         network = with_adapter(network, Path(task.before), trainable=True)
-    _fill_in_tokens(dialogue.tokenizer)
+    # Made here, since their bases are packages that only training needs.
+    trainer_of_tokens = type("TrainerOfTokens", (_OfTokens, trl.DPOTrainer), {})
+    watch = type("Watch", (_Watch, imported("transformers")[0].TrainerCallback), {})
     try:
-        trainer = trl.DPOTrainer(
-            model=network,
-            args=config,
-            # Tokenized by trl first and then replaced: its own way joins prompt and answer before it tokenizes.
-            train_dataset=datasets.Dataset.from_list(
-                [{"prompt": "a", "chosen": " a", "rejected": " a"} for _ in preferences]
-            ),
-            processing_class=dialogue.tokenizer,
-            peft_config=adapter,
-            callbacks=[_callback(task.settings.steps)],
-        )
+        with without_renamed(), _without_telemetry():
+            trainer = trainer_of_tokens(
+                model=network,
+                args=config,
+                train_dataset=datasets.Dataset.from_list(rows),
+                processing_class=dialogue.tokenizer,
+                peft_config=adapter,
+                callbacks=[watch(task.settings.steps, shown)],
+            )
     except ValueError as error:
         if is_out_of_memory(error) or "target" not in str(error):
             raise
-        raise InputError(
-            wanted=f"layers of {task.model!r} for adapters (prefer.target_modules)",
-            got=one_line(error),
-            next_step="Name linear layers of the model, without lm_head, such as ['q_proj', 'v_proj'].",
-        ) from error
-    trainer.train_dataset = datasets.Dataset.from_list(rows)
+        raise _unfit(task.model, one_line(error)) from error
     if task.before and task.reference == "base":
         # Without its copy of the adapter before, trl measures against the model without any.
         trainer.accelerator.unwrap_model(trainer.model).delete_adapter("ref")
@@ -155,6 +158,9 @@ def _dpo_config(task: Task, folder: Path, *, on_gpu: bool) -> Any:
     torch, trl = imported("torch", "trl")
     settings = task.settings
     brain = on_gpu and torch.cuda.is_bf16_supported()
+    # transformers renamed it, and warns of the name that it had.
+    names = {field.name for field in dataclasses.fields(trl.DPOConfig)}
+    checkpointing = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in names)
     return trl.DPOConfig(
         output_dir=str(folder),
         beta=settings.beta,
@@ -169,7 +175,6 @@ def _dpo_config(task: Task, folder: Path, *, on_gpu: bool) -> Any:
         per_device_train_batch_size=settings.batch,
         # As many pairs in a step however many processes share them.
         gradient_accumulation_steps=max(1, settings.accumulate // task.processes),
-        gradient_checkpointing=on_gpu,
         use_cpu=not on_gpu,
         bf16=brain,
         fp16=on_gpu and not brain,
@@ -180,34 +185,62 @@ def _dpo_config(task: Task, folder: Path, *, on_gpu: bool) -> Any:
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=max(1, settings.steps // _CHECKPOINTS),
-        save_total_limit=2,
         report_to="none",
         push_to_hub=False,
         disable_tqdm=True,
         dataloader_num_workers=0,
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,
+        **{checkpointing: on_gpu},
     )
 
 
-def _lora(settings: Prefer) -> Any:
-    (peft,) = imported("peft")
+def _lora(task: Task, network: Any) -> Any:
+    peft, utils, layers = imported("peft", "peft.utils", "transformers.pytorch_utils")
+    settings = task.settings
+    known = utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(network.config.model_type, ())
+    found = _named(network, settings.target_modules or tuple(known))
+    if any(module is network.get_output_embeddings() for module in found):
+        # trl refuses it too, after peft has warned of weights that are shared.
+        raise _unfit(task.model, f"the model's output among {list(settings.target_modules)}")
     return peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=list(settings.target_modules) or None,
+        # GPT-2 and its like keep weights as [in, out]. peft finds that too, and warns.
+        fan_in_fan_out=any(isinstance(module, layers.Conv1D) for module in found),
         bias="none",
         task_type="CAUSAL_LM",
     )
 
 
-def _fill_in_tokens(tokenizer: Any) -> None:
-    """Give trl an end and a padding token where the tokenizer has none; neither reaches the training."""
-    if tokenizer.eos_token is None:
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(0)
+def _named(network: Any, names: Sequence[str]) -> list[Any]:
+    """Modules whose name is one of these or ends in one, which is how peft finds layers."""
+    endings = tuple(f".{name}" for name in names)
+    return [module for name, module in network.named_modules() if f".{name}".endswith(endings)]
+
+
+def _unfit(model: str, got: str) -> InputError:
+    return InputError(
+        wanted=f"layers of {model!r} for adapters (prefer.target_modules)",
+        got=got,
+        next_step="Name linear layers of the model, without lm_head, such as ['q_proj', 'v_proj'].",
+    )
+
+
+def _agree_on_tokens(network: Any, tokenizer: Any) -> None:
+    """Give trl a padding token, which reaches no loss, and the model the tokenizer's special tokens.
+
+    The trainer would do the latter, with a warning; it matters only to those who generate with the trained model.
+    """
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    for config in (network.config.get_text_config(), network.generation_config):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            token = getattr(tokenizer, name)
+            if config is not None and token is not None:
+                setattr(config, name, token)
 
 
 def _drop_out(model: Any, share: float) -> None:
@@ -216,34 +249,52 @@ def _drop_out(model: Any, share: float) -> None:
             module.p = share
 
 
-def _callback(steps: int) -> Any:
-    """Shows progress, marks whole checkpoints, and ends a training whose loss is no number."""
-    torch, transformers = imported("torch", "transformers")
-    base: Any = transformers.TrainerCallback
+class _OfTokens:
+    """What a `trl.DPOTrainer` of pairs that are tokens already does otherwise.
 
-    class Watch(base):  # type: ignore[misc]
-        def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-            self.progress = Progress("preferences", steps - state.global_step)
+    trl tokenizes prompt and answer together and cuts where they part, so that the last token of a prompt may be lost
+    to one that lies across (trl warns of it then). `tokenized` makes the rows that trl would make, without that.
+    """
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **more: Any) -> None:
-            if "loss" not in logs:
-                return
-            if not np.isfinite(logs["loss"]):
-                raise LanguageModelError(
-                    wanted="a finite loss of preference training",
-                    got=f"{logs['loss']} at step {state.global_step}",
-                    next_step="Lower prefer.learning_rate, in a new run.",
-                )
-            if state.is_world_process_zero:
-                self.progress.advance(note=f"loss {logs['loss']:.3f}, margin {logs['rewards/margins']:.3f}")
+    def _prepare_dataset(self, dataset: Any, *more: Any, **named: Any) -> Any:
+        return dataset
 
-        def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.barrier()
-            if state.is_world_process_zero:
-                mark_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
-    return Watch()
+class _Watch:
+    """What of a `transformers.TrainerCallback` shows progress, marks whole checkpoints, and ends a useless training.
+
+    Args:
+        steps: of the training.
+        shown: closes the line of progress.
+    """
+
+    def __init__(self, steps: int, shown: contextlib.ExitStack) -> None:
+        self._steps, self._shown = steps, shown
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        # A training that goes on has fewer steps to go, and their time tells the time that is left.
+        self._progress = self._shown.enter_context(Progress("preferences", self._steps - state.global_step))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **more: Any) -> None:
+        if "loss" not in logs:
+            return
+        if not np.isfinite(logs["loss"]):
+            raise LanguageModelError(
+                wanted="a finite loss of preference training",
+                got=f"{logs['loss']} at step {state.global_step}",
+                next_step="Lower prefer.learning_rate, in a new run.",
+            )
+        if state.is_world_process_zero:
+            self._progress.advance(note=f"loss {logs['loss']:.3f}, margin {logs['rewards/margins']:.3f}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        (distributed,) = imported("torch.distributed")
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.barrier()
+        if state.is_world_process_zero:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            mark_whole(checkpoint)
+            remove_older(checkpoint)
 
 
 def _keep(trainer: Any, folder: Path) -> None:
@@ -271,25 +322,31 @@ def _keep(trainer: Any, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars, no advice, no telemetry: training says what it does through `Progress` alone."""
-    transformers, datasets, hub = imported("transformers", "datasets", "huggingface_hub.constants")
-    level, bars = transformers.utils.logging.get_verbosity(), datasets.is_progress_bar_enabled()
-    silent, loud = hub.HF_HUB_DISABLE_TELEMETRY, logging.getLogger("trl").level
-    transformers.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    logging.getLogger("trl").setLevel(logging.ERROR)
-    hub.HF_HUB_DISABLE_TELEMETRY = True
+def without_renamed() -> Iterator[None]:
+    """Without warnings that trl and peft call things of transformers by names that they had.
+
+    Nobody here can mend that. They are seen nevertheless with EDGEAD_DEBUG, and every other warning always.
+    """
+    with warnings.catch_warnings():
+        if not os.environ.get("EDGEAD_DEBUG"):
+            warnings.filterwarnings(
+                "ignore",
+                r"`(is_gradient_checkpointing|gradient_checkpointing_(en|dis)able)` is deprecated",
+                FutureWarning,
+                r"transformers\.modeling_utils",
+            )
+        yield
+
+
+@contextlib.contextmanager
+def _without_telemetry() -> Iterator[None]:
+    """trl tells its makers of every trainer that is made."""
+    (hub,) = imported("huggingface_hub.constants")
+    silent, hub.HF_HUB_DISABLE_TELEMETRY = hub.HF_HUB_DISABLE_TELEMETRY, True
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         hub.HF_HUB_DISABLE_TELEMETRY = silent
-        logging.getLogger("trl").setLevel(loud)
-        transformers.utils.logging.set_verbosity(level)
-        if bars:
-            datasets.enable_progress_bars()
 
 
 @contextlib.contextmanager
