@@ -101,13 +101,15 @@ class Judge(Struct, frozen=True, forbid_unknown_fields=True):
     """Whether each round trains an evaluator on the anomalies so far, as the paper does, or that of round 0 judges all,
     so that the shares of rounds are measured with one measure."""
     folds: Annotated[int, Meta(ge=1, le=10)] = 2
-    """Parts of the round's images, each judged by an evaluator that was trained on the others. Ours: an evaluator finds
-    any image easy that it was trained on. 1 trains on all that it judges, as the paper does."""
+    """Parts of the photographs, each with all that is painted on it: judged by an evaluator that was trained on the
+    others, up to a limit that its own normals set. Ours: an evaluator finds easy what it was trained on, and hard what
+    is painted on a normal that it was trained on. 1 trains on all that it judges, as the paper does."""
     steps: Positive = 600
     batch: Positive = 32
     learning_rate: Annotated[float, Meta(gt=0.0)] = 1e-4
     held_out: Annotated[float, Meta(gt=0.0, lt=1.0)] = 0.2
-    """Share of the normals that the evaluator does not train on and whose distances are the measure."""
+    """With one fold: share of the normals that the evaluator does not train on and whose distances are the measure.
+    With more, the normals of each fold are held out from its evaluator."""
     size: Annotated[int, Meta(ge=32, le=2048)] = 128
 
 

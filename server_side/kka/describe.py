@@ -40,10 +40,11 @@ def describe(work: WorkFolder) -> list[Normal]:
             next_step="Name their folder as `normals` in the configuration.",
         )
     have = {record.file: record for record in work.records(Normal)}
+    names = [path.relative_to(work.normals).as_posix() for path in paths]
+    _same_photographs(work, list(have), names)
     with work.stage("describe") as made, Progress("describing normals", len(paths)) as progress:
         caption, by = _describer(work, paths)
-        for number, path in enumerate(paths):
-            name = path.relative_to(work.normals).as_posix()
+        for number, (path, name) in enumerate(zip(paths, names, strict=True)):
             if name not in have:
                 read_image(path)
                 text = clean_phrase(caption(path)) or settings.template.format(class_name=work.config.class_name)
@@ -60,14 +61,18 @@ def _describer(work: WorkFolder, paths: Sequence[Path]) -> tuple[Describer, Made
     config = work.config
     if config.describe.captions:
         found = read_captions(Path(config.describe.captions))
-        missing = [path.name for path in paths if path.name not in found]
+
+        def written(path: Path) -> str | None:
+            return found.get(path.relative_to(work.normals).as_posix(), found.get(path.name))
+
+        missing = [path.relative_to(work.normals).as_posix() for path in paths if written(path) is None]
         if missing:
             raise InputError(
                 wanted=f"a caption for each of {len(paths)} photographs in {config.describe.captions}",
                 got=f"none for {len(missing)}: {', '.join(missing[:5])}",
                 next_step="Add lines FILE<TAB>CAPTION, or leave `describe.captions` out.",
             )
-        return lambda path: found[path.name], Made("file", Path(config.describe.captions).name)
+        return lambda path: written(path) or "", Made("file", Path(config.describe.captions).name)
     if config.describe.captioner:
         return _captioner(config.describe.captioner)
     try:
@@ -81,8 +86,22 @@ def _describer(work: WorkFolder, paths: Sequence[Path]) -> tuple[Describer, Made
     return lambda path: text, Made("class-name", prompt=config.describe.template)
 
 
+def _same_photographs(work: WorkFolder, before: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse to go on with other photographs: ids are places in their list, and all else rests on them."""
+    if list(names[: len(before)]) != list(before):
+        changed = [name for name in before if name not in names] or [name for name in names if name not in before]
+        raise InputError(
+            wanted=f"the photographs in {work.normals} that the run was begun with",
+            got=f"others: {', '.join(changed[:3])}",
+            next_step="Put them back as they were, or begin in another work folder.",
+        )
+
+
 def read_captions(path: Path) -> dict[str, str]:
-    """Captions by file name from lines `FILE<TAB>CAPTION`; empty lines are skipped.
+    """Captions from lines `FILE<TAB>CAPTION` by what stands for FILE; empty lines are skipped.
+
+    Args:
+        path: the file, UTF-8. FILE is the name of a photograph, or its path below the folder of normals.
 
     Raises:
         InputError: a line without a tab, or a file twice.
