@@ -21,7 +21,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +34,7 @@ from edgead.server_side.kka.causal import imported, source_of
 from edgead.server_side.kka.config import Prefer
 from edgead.server_side.kka.preference_task import (
     ADAPTER,
+    PROGRESS,
     Task,
     before_digest,
     begin,
@@ -129,8 +131,8 @@ class DpoTuner:
         ]
         threads = str(max(1, (os.cpu_count() or 1) // self._processes))
         environment = {"OMP_NUM_THREADS": threads, **os.environ}
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
-        if done.returncode == 0 and (folder / ADAPTER).is_dir():
+        code, words = watched(command, environment)
+        if code == 0 and (folder / ADAPTER).is_dir():
             return
         found = kept_failure(folder)
         if found is not None:
@@ -138,9 +140,39 @@ class DpoTuner:
             raise (kind if isinstance(kind, type) and issubclass(kind, EdgeadError) else FailureError)(**found)
         raise FailureError(
             wanted=f"{self._processes} processes that train in {folder}",
-            got=f"exit code {done.returncode}: {' '.join(done.stderr.split())[-_LAST_WORDS:]}",
+            got=f"exit code {code}: {words}",
             next_step="Start again: the training goes on from its last checkpoint.",
         )
 
 
-__all__ = ["DpoTuner"]
+def watched(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, str]:
+    """Run processes that train, and let their lines of progress through to standard error.
+
+    With EDGEAD_DEBUG all that they say there goes through.
+
+    Returns:
+        Exit code, and the last of what else they said on standard error, as one line.
+    """
+    words: deque[str] = deque(maxlen=_LAST_WORDS)
+    child = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", env=environment
+    )
+    try:
+        for line in child.stderr or ():
+            progress = line.startswith(f"{PROGRESS}: ")
+            if progress or os.environ.get("EDGEAD_DEBUG"):
+                sys.stderr.write(line)
+                sys.stderr.flush()
+            if not progress:
+                words.extend(line.split())
+        return child.wait(), " ".join(words)[-_LAST_WORDS:]
+    finally:
+        # Nobody would wait for it after an interruption.
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+        if child.stderr is not None:
+            child.stderr.close()
+
+
+__all__ = ["DpoTuner", "watched"]

@@ -31,6 +31,8 @@ from edgead.server_side.kka.seams import Tuned
 ADAPTER = "adapter"
 FACTS = "training.json"
 """Beside the adapter's weights: steps, loss and margin of every step."""
+PROGRESS = "preferences"
+"""What lines of progress begin with."""
 WHOLE = "whole"
 _TASK, _PAIRS, _FAILURE = "task.json", "preferences.jsonl", "failure.json"
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")

@@ -40,6 +40,7 @@ from edgead.server_side.kka.language import with_adapter
 from edgead.server_side.kka.preference_task import (
     ADAPTER,
     FACTS,
+    PROGRESS,
     Facts,
     Task,
     keep_failure,
@@ -273,7 +274,7 @@ class _Watch:
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         # A training that goes on has fewer steps to go, and their time tells the time that is left.
-        self._progress = self._shown.enter_context(Progress("preferences", self._steps - state.global_step))
+        self._progress = self._shown.enter_context(Progress(PROGRESS, self._steps - state.global_step))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **more: Any) -> None:
         if "loss" not in logs:

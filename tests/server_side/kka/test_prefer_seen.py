@@ -21,7 +21,7 @@ from click.testing import CliRunner
 
 from edgead.server_side.kka.cli import kka
 from edgead.server_side.kka.config import PROMPT, Prefer
-from edgead.server_side.kka.prefer import DpoTuner
+from edgead.server_side.kka.prefer import DpoTuner, watched
 from edgead.server_side.kka.preference_task import Task, digest_of_pairs, remove_older
 from edgead.server_side.kka.preference_training import build_trainer, without_renamed
 from edgead.server_side.kka.procedural import GrammarAuthor
@@ -196,6 +196,19 @@ def test_only_names_that_transformers_gave_up_are_not_told_of(
     assert told() == ["another name is deprecated"]
     monkeypatch.setenv("EDGEAD_DEBUG", "1")
     assert [words.split()[0] for words in told()] == ["`is_gradient_checkpointing`", "another"]
+
+
+def test_of_processes_that_train_together_progress_alone_is_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ["noise of a package", "preferences: 3/9 (33 %), 15 s", "the end"]
+    command = [sys.executable, "-c", f"import sys; print(*{lines}, sep='\\n', file=sys.stderr); sys.exit(3)"]
+    monkeypatch.delenv("EDGEAD_DEBUG", raising=False)
+    assert watched(command, os.environ) == (3, "noise of a package the end")
+    assert capsys.readouterr() == ("", "preferences: 3/9 (33 %), 15 s\n")
+    monkeypatch.setenv("EDGEAD_DEBUG", "1")
+    assert watched(command, os.environ) == (3, "noise of a package the end")
+    assert capsys.readouterr().err.splitlines() == lines
 
 
 def test_of_checkpoints_the_newest_whole_one_is_kept(models_of_tests: ModuleType, tmp_path: Path) -> None:
