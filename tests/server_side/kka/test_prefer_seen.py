@@ -106,7 +106,7 @@ def test_on_a_terminal_there_is_progress_and_nothing_else(begin: Callable[[int, 
     assert [sum(bool(re.fullmatch(pattern, line)) for line in shown) for pattern in SAID] == [2, 2]
     assert "preferences: 12/12 (100 %)" in sent
     first, head, *rows = out.splitlines()
-    assert first == "work folder run.kka"
+    assert first.startswith("work folder run.kka")
     assert head.split()[:4] == ["round", "images", "hard", "easy"]
     assert [row.split()[0] for row in rows] == ["0", "1"]
 
