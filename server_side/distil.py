@@ -31,6 +31,7 @@ from edgead.runtime.progress import Progress
 from edgead.server_side.backbones import load_backbone
 from edgead.server_side.detectors.trained import Samples, TrainedOptions
 from edgead.server_side.detectors.training import Schedule, batch_of, train
+from edgead.server_side.devices import CPU, placed, torch_device
 from edgead.server_side.distil_data import PAINTED, split_paths, with_defects
 from edgead.server_side.distil_student import METHOD, StudentDecoder, student_modules
 from edgead.server_side.distil_teacher import Teacher, resized
@@ -71,6 +72,7 @@ class StudentTask:
         targets: float32 [N, h, w].
         stop_maps, stop_targets: the same of what is held out.
         batch, learning_rate, steps, seed: as everywhere.
+        device: where the decoder is trained; maps and targets stay where they are.
         identity: what a checkpoint must agree in.
     """
 
@@ -85,6 +87,7 @@ class StudentTask:
         learning_rate: float = LEARNING_RATE,
         steps: int = STEPS,
         seed: int = 0,
+        device: torch.device = CPU,
         identity: dict[str, Any] | None = None,
     ) -> None:
         self._maps, self._targets = list(maps), targets
@@ -95,6 +98,8 @@ class StudentTask:
             assert self.module.last.bias is not None
             # From the mean on, the first steps are not spent on it.
             self.module.last.bias.fill_(float(targets.clamp(FLOOR, CEILING).log().mean()))
+        self.module.to(device)
+        self._device = device
         self._optimizer = torch.optim.AdamW(self.module.parameters(), lr=learning_rate, weight_decay=1e-4)
         self.optimizers = [self._optimizer]
         self.identity = {
@@ -112,7 +117,8 @@ class StudentTask:
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate * (0.01 + 0.99 * 0.5 * (1 + float(np.cos(np.pi * share))))
         places = batch_of(len(self._targets), max(2, min(self._batch, len(self._targets))), self._seed, number)
-        loss = map_loss(self.module([each[places].float() for each in self._maps]), self._targets[places])
+        found = self.module([each[places].to(self._device).float() for each in self._maps])
+        loss = map_loss(found, self._targets[places].to(self._device))
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
@@ -123,8 +129,8 @@ class StudentTask:
         total = 0.0
         for at in range(0, len(self._stop_targets), _BATCH_EMBEDDED):
             part = slice(at, at + _BATCH_EMBEDDED)
-            found = self.module([each[part].float() for each in self._stop_maps])
-            total += float(map_loss(found, self._stop_targets[part])) * len(found)
+            found = self.module([each[part].to(self._device).float() for each in self._stop_maps])
+            total += float(map_loss(found, self._stop_targets[part].to(self._device))) * len(found)
         return total / len(self._stop_targets)
 
 
@@ -154,16 +160,18 @@ def distil(
     Args:
         teacher: one detector or several.
         normal: photographs of good parts; those that set the teacher's threshold may be among them.
-        options: `preprocessing` counts by its frame size alone: the rest is the teacher's.
+        options: `preprocessing` counts by its frame size alone: the rest is the teacher's. `device` is the student's;
+            the teacher runs on the CPU.
         anomalous: pictures of anomalies; their masks mean nothing here, as the teacher says where.
         checkpoint: where the training is kept between interruptions.
 
     Raises:
-        InputError: fewer than 2 normals.
+        InputError: fewer than 2 normals, or no such device.
         ImageError: a file is no picture.
         DetectorError: a checkpoint of another distillation.
         FailureError: the loss is no number any more.
     """
+    device = torch_device(options.device)
     preprocessing = resized(teacher.detectors[0].spec.preprocessing, options.preprocessing)
     options = replace(options, preprocessing=preprocessing)
     backbone = load_backbone(options.backbone, weights=options.backbone_weights, layers=options.layers).eval()
@@ -175,16 +183,18 @@ def distil(
     def seen(normals: Sequence[Path], anomalies: Sequence[Path], label: str) -> tuple[list[Tensor], Tensor]:
         maps: list[list[Tensor]] = [[] for _ in backbone.strides]
         targets: list[Tensor] = []
-        with Progress(label, (1 + PAINTED) * len(normals) + len(anomalies)) as progress:
+        total = (1 + PAINTED) * len(normals) + len(anomalies)
+        with placed(backbone, device), Progress(label, total) as progress:
             for frame in progress.track(with_defects(normals, anomalies, options.seed)):
                 tiles = prepare(frame, preprocessing)
                 digest.update(tiles.tobytes())
                 targets.append(teacher.targets(frame, grid))
                 with torch.inference_mode():
-                    found = backbone(torch.from_numpy(tiles).permute(0, 3, 1, 2).float() * (1.0 / 255.0))
+                    image = torch.from_numpy(tiles).to(device)
+                    found = backbone(image.permute(0, 3, 1, 2).float() * (1.0 / 255.0))
                 for kept, each in zip(maps, found, strict=True):
                     # Half the memory; features are far from float16's limits.
-                    kept.append(each.half().clone())
+                    kept.append(each.half().cpu().clone())
         return [torch.cat(each) for each in maps], torch.cat(targets)
 
     maps, targets = seen(parts.train, parts.anomalies, "the teacher's maps")
@@ -198,6 +208,7 @@ def distil(
         learning_rate=rate,
         steps=steps,
         seed=options.seed,
+        device=device,
         identity={
             "teacher": teacher.digest,
             "backbone": weights_digest(backbone).hex(),
@@ -207,7 +218,7 @@ def distil(
     )
     schedule = Schedule(steps, validate_every=max(1, steps // 20), patience=options.patience)
     history = train(task, schedule, label="student", checkpoint=checkpoint)
-    modules = student_modules(backbone, task.module.eval(), preprocessing)
+    modules = student_modules(backbone, task.module.to(CPU).eval(), preprocessing)
     scale = _scale(task.module, stop_maps, stop_targets)
     learned = finished(
         modules,

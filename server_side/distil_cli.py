@@ -29,6 +29,9 @@ _PATH = click.Path(path_type=Path)
 @click.option("--layers", help="Layers of it, comma-separated; its own choice if left out.")
 @click.option("--steps", type=click.IntRange(1), help="Most steps of training; 800 if left out.")
 @click.option(
+    "--device", help="Where to train, as auto, cpu, cuda, or one of several GPUs such as cuda:1; auto if left out."
+)
+@click.option(
     "--false-alarms",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     default=0.01,
@@ -51,6 +54,7 @@ def distil(
     backbone_weights: Path | None,
     layers: str | None,
     steps: int | None,
+    device: str | None,
     false_alarms: float,
     product: str | None,
     seed: int,
@@ -100,6 +104,7 @@ def distil(
         false_alarm_rate=false_alarms,
         product=product or first.pack.product,
         seed=seed,
+        device=device or "auto",
     )
     checkpoint = output.with_name(output.name + ".training")
     found = run(teacher, paths, options, samples, checkpoint=checkpoint)

@@ -113,8 +113,8 @@ def fit_options(command: Command) -> Command:
         ),
         click.option(
             "--device",
-            help="Trained methods and cmda: where to train, as auto, cpu, cuda, or one of several GPUs such as cuda:1; "
-            "auto if left out: a GPU if there is one.",
+            help="Trained methods and cmda: where to train: cpu, cuda, cuda:1 or auto, a GPU if there is one; auto if "
+            "left out.",
         ),
         click.option(
             "--teacher",

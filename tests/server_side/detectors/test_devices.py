@@ -33,6 +33,7 @@ from edgead.server_side.detectors.simplenet import PatchSet, SimpleNetTask, patc
 from edgead.server_side.detectors.trained import Anomalies, TrainedOptions
 from edgead.server_side.detectors.training import Schedule, Task, train
 from edgead.server_side.devices import CPU, computing_on, device_of, placed, torch_device
+from edgead.server_side.distil import StudentTask
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 D = 12
@@ -136,11 +137,19 @@ def cross_modal(device: torch.device) -> CmdaTask:
     return CmdaTask(*parts, extras=CmdaExtras(batch=4, hidden=8), device=device)
 
 
+def student(device: torch.device) -> StudentTask:
+    """Two layers in float16, as a distillation keeps them."""
+    parts = [[normal_numbers(n, 5, side, side, seed=n).half() for side in (8, 4)] for n in (9, 4)]
+    targets = [normal_numbers(n, 8, 8, seed=n).exp() for n in (9, 4)]
+    return StudentTask(parts[0], targets[0], parts[1], targets[1], batch=4, steps=8, device=device)
+
+
 TASKS: dict[str, Callable[[torch.device], Any]] = {
     "deep-sad": sphere,
     "simplenet": simple,
     "recontrast": contrast,
     "cmda": cross_modal,
+    "distilled": student,
 }
 
 
