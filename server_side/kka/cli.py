@@ -203,7 +203,9 @@ def _run(
 
     if number is not None and number > checked.rounds:
         raise InputError(
-            wanted=f"a round from 0 to {checked.rounds}", got=str(number), next_step="Raise `rounds` in a new run."
+            wanted=f"a round from 0 to {checked.rounds}",
+            got=str(number),
+            next_step="Raise `rounds` in the configuration; the run goes on with more.",
         )
     place = output or config.with_suffix(".kka")
     check(checked, stage, lambda name, at: (place / f"round-{at}" / f"{name}.done").exists())

@@ -71,7 +71,8 @@ class WorkFolder:
         try:
             content = json.loads((path / _RUN).read_bytes())
             self.config = parse_config(self._read(_TOML), str(path / _TOML))
-            schema, self.normals, digest = int(content["schema"]), Path(content["normals"]), content["config"]
+            schema, self.normals = int(content["schema"]), Path(content["normals"])
+            digests = (content["config"], content.get("before", ""))
         except FileNotFoundError as error:
             raise InputError(
                 wanted=f"the work folder of a run at {path}",
@@ -88,8 +89,8 @@ class WorkFolder:
             raise InputError(
                 wanted=f"a work folder of schema {SCHEMA}", got=f"schema {schema}", next_step="Update edgead."
             )
-        self._digest = digest
-        if digest != hashlib.sha256(self._read(_TOML)).hexdigest():
+        self._digest = hashlib.sha256(self._read(_TOML)).hexdigest()
+        if self._digest not in digests:
             raise InputError(
                 wanted=f"the configuration that {path} was begun with",
                 got=f"another {_TOML}",
@@ -99,7 +100,7 @@ class WorkFolder:
 
     @classmethod
     def create(cls, path: Path, config: Config, toml: bytes) -> WorkFolder:
-        """Begin a run, or go on with the one that is there.
+        """Begin a run, or go on with the one that is there, which may be given more rounds.
 
         Args:
             path: the folder; made if it is not there.
@@ -117,11 +118,13 @@ class WorkFolder:
                 # With paths that are right from here, wherever the run was begun.
                 work.config, work.normals = config, Path(config.normals)
                 return work
-            if any(work._lines()):
+            longer = parse_config(toml).rounds > work.config.rounds
+            more = longer and work._with_rounds(parse_config(toml).rounds) == parse_config(toml).digest
+            if any(work._lines()) and not more:
                 raise OutputExistsError(
                     wanted=f"a new folder, or the run that is in {path}",
                     got=f"another configuration than it was begun with: {_difference(work.config, parse_config(toml))}",
-                    next_step="Name another folder with -o, or restore the configuration.",
+                    next_step="Name another folder with -o, or restore the configuration. Only `rounds` may be raised.",
                 )
         elif path.exists() and any(name not in (_LOCK, _TOML) for name in _names(path)):
             raise OutputExistsError(
@@ -131,10 +134,15 @@ class WorkFolder:
             )
         with storage_errors(path, "to begin a run"):
             path.mkdir(parents=True, exist_ok=True)
-        # Nothing was made yet, so nothing is lost; nobody may be about to make something after the old words.
+        # What was made stays as it would have been made; nobody may be about to make something after the old words.
         with _lock(path):
-            write_file(path / _TOML, toml)
             run = {"schema": SCHEMA, "config": hashlib.sha256(toml).hexdigest(), "normals": config.normals}
+            if (path / _RUN).exists():
+                # A kill between the two files leaves the old configuration or the new one.
+                run["before"] = hashlib.sha256((path / _TOML).read_bytes()).hexdigest()
+                write_file(path / _RUN, json.dumps(run, indent=1, sort_keys=True).encode() + b"\n")
+                del run["before"]
+            write_file(path / _TOML, toml)
             write_file(path / _RUN, json.dumps(run, indent=1, sort_keys=True).encode() + b"\n")
         work = cls(path)
         work.config = config
@@ -265,6 +273,10 @@ class WorkFolder:
     def _read(self, name: str) -> bytes:
         with open(self.path / name, "rb") as stream:
             return stream.read(CONFIG_BYTES + 1)
+
+    def _with_rounds(self, rounds: int) -> str:
+        """Digest of the configuration in the folder if it had so many rounds."""
+        return msgspec.structs.replace(self.config, rounds=rounds).digest
 
     def _lines(self) -> Iterator[Path]:
         """Files of records."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -48,6 +50,44 @@ def test_comments_and_spaces_of_a_configuration_may_change(photographs: Path, tm
     run(work, _no_makers(), stage="describe")
     again = begin(photographs, tmp_path, "# what a night!\nseed   =   3")
     assert len(again.records(Normal)) == 12
+
+
+def test_a_finished_run_that_is_given_more_rounds_ends_as_one_that_had_them_from_the_start(
+    new_work: Callable[..., WorkFolder], makers_of_tests: ModuleType
+) -> None:
+    long = new_work(name="long", rounds=2, captions=6)
+    run(long, makers_of_tests.makers())
+    work = new_work(name="short", rounds=1, captions=6)
+    run(work, makers_of_tests.makers())
+    with pytest.raises(OutputExistsError, match="`rounds` may be raised"):
+        new_work(name="short", rounds=2, captions=7)
+    work = new_work(name="short", rounds=2, captions=6)
+    painter = makers_of_tests.SpotPainter()
+    run(work, makers_of_tests.makers(painter))
+    assert len(painter.painted) == 6
+    for path in sorted(long.path.rglob("*")):
+        if path.is_file() and path.name not in ("costs.jsonl", "kka.toml", "run.json"):
+            assert (work.path / path.relative_to(long.path)).read_bytes() == path.read_bytes()
+    with pytest.raises(OutputExistsError, match="rounds was 2, is 1"):
+        new_work(name="short", rounds=1, captions=6)
+
+
+@pytest.mark.parametrize("killed_before", ["kka.toml", "run.json"])
+def test_a_kill_while_rounds_are_added_leaves_the_old_run_or_the_new_one(
+    killed_before: str, new_work: Callable[..., WorkFolder], makers_of_tests: ModuleType
+) -> None:
+    work = new_work(name="short", rounds=1, captions=6)
+    run(work, makers_of_tests.makers(), stage="describe")
+    old = (work.path / "kka.toml").read_bytes()
+    changed = old.replace(b"rounds = 1", b"rounds = 2")
+    content = json.loads((work.path / "run.json").read_bytes())
+    content |= {"before": content["config"], "config": hashlib.sha256(changed).hexdigest()}
+    (work.path / "run.json").write_text(json.dumps(content))
+    if killed_before == "run.json":
+        (work.path / "kka.toml").write_bytes(changed)
+    assert WorkFolder(work.path).config.rounds == (1 if killed_before == "kka.toml" else 2)
+    assert new_work(name="short", rounds=2, captions=6).config.rounds == 2
+    assert WorkFolder(work.path).config.rounds == 2
 
 
 def test_a_run_that_another_took_the_place_of_is_not_worked_on(photographs: Path, tmp_path: Path) -> None:
