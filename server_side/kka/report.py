@@ -68,15 +68,14 @@ def report_html(work: WorkFolder) -> str:
     measured = _auroc_table(work, numbers)
     if measured:
         body += ["<h2>What it is worth</h2>", measured]
-    if len(rounds) > 1:
-        body += ["<h2>Round by round</h2>", _side_by_side(work, numbers)]
     if rounds:
         body += [
             "<h2>What was painted</h2>",
-            '<p class="note">Pictures are spread evenly from the nearest to the farthest. A line goes around what was '
-            "painted, where the painter says where that is; it is not in the picture itself. Visible: mean change of "
-            "colour inside, 0 to 255.</p>",
+            '<p class="note">A line goes around what was painted, where the painter says where that is; it is not in '
+            "the picture itself. Visible: mean change of colour inside, 0 to 255.</p>",
         ]
+    if len(rounds) > 1:
+        body += ["<h2>Round by round</h2>", _side_by_side(work, numbers)]
     for each in rounds:
         body += [f"<h2>KKA({each['round']})</h2>", _gallery(work, each["round"])]
     body += ["<h2>After which normals</h2>", _representatives(work), "<h2>Cost</h2>", _costs(rounds)]
