@@ -4,8 +4,9 @@
     run.json             what the run is; a folder of another run is refused
     normals.jsonl, representatives.jsonl, costs.jsonl
     round-N/             captions.jsonl, images.jsonl, judgements.jsonl, preferences.jsonl, set.jsonl; images/, masks/;
-                         evaluator.safetensors, evaluator.json; adapter/; metrics.json
-    round-N/STAGE.done   the stage is complete
+                         evaluator-K.safetensors and .json of each fold; adapter/; metrics.json, auroc.json
+    round-N/STAGE.done   the stage is complete; those of the whole run are noted in round-0
+    lock                 held by the process that works here
     report.html
 
 A line is written and synced before anything rests on it. What a kill or a full disk leaves of a last line is cut off at
@@ -37,9 +38,7 @@ from edgead.server_side.kka.records import (
     Cost,
     Image,
     Judgement,
-    Member,
     Normal,
-    Preference,
     Record,
     Representative,
     decode_record,
@@ -369,4 +368,4 @@ def _named(records: list[AnyRecord], name: str) -> AnyRecord:
     )
 
 
-__all__ = ["Member", "Preference", "WorkFolder", "trace"]
+__all__ = ["WorkFolder", "trace"]
