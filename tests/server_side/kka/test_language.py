@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,23 @@ def test_an_adapter_changes_answers_and_the_digest(model: Path, models_of_tests:
     for damaged in (tmp_path / "none", tmp_path):
         with pytest.raises(InputError, match="a LoRA adapter of this language model"):
             local(model, damaged)
+
+
+def test_an_author_that_is_sent_elsewhere_takes_no_weights_along_and_refuses_another_model(
+    model: Path, models_of_tests: ModuleType, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tiny"
+    shutil.copytree(model, folder)
+    author = local(folder, models_of_tests.new_adapter(folder, tmp_path / "adapter"))
+    answers = author.write(PROMPTS[:3], SEEDS[:3])
+    data = pickle.dumps(author)
+    assert len(data) < 5000
+    sent = pickle.loads(data)
+    assert sent.write(PROMPTS[:3], SEEDS[:3]) == answers
+    assert sent.digest == author.digest
+    models_of_tests.always_says(folder, 65)
+    with pytest.raises(InputError, match="as on the machine that began the run"):
+        pickle.loads(data).write(PROMPTS[:3], SEEDS[:3])
 
 
 def test_an_endless_answer_ends_and_an_empty_one_is_empty(models_of_tests: ModuleType, tmp_path: Path) -> None:
