@@ -231,8 +231,11 @@ def _run(
     if stage is None:
         click.echo(f"report {work.path / 'report.html'}")
         click.echo(f"next: edgead kka export-set {work.path} -o FOLDER")
-    elif stage != "prefer":
-        click.echo(f"next: edgead kka {_STAGES[_STAGES.index(stage) + 1]} {config}")
+    else:
+        # Without rounds there is nothing to prefer; with them, the next round comes after it.
+        place = _STAGES.index(stage)
+        last = place + 1 == len(_STAGES) or (stage == "judge" and not checked.rounds)
+        click.echo(f"next: edgead kka {'run' if last else _STAGES[place + 1]} {config}")
     if found:
         rows = [["round", "images", "hard", "easy", "faint", "refused", "hard share", "set", "preferences"]]
         for each in found:

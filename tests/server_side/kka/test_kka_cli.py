@@ -78,6 +78,7 @@ def test_a_whole_run_says_what_it_made_and_what_comes_next(edgead: Edgead, toml:
     assert code == 0
     assert "12 normals, 2 representatives, 8 captions, 8 images" in printed
     assert f"next: edgead kka judge {toml}" in printed
+    assert f"next: edgead kka run {toml}" in edgead("judge", str(toml))[1]
     code, printed, said = edgead("run", str(toml))
     assert code == 0
     assert "KKA(0): 8 images" in said
