@@ -30,6 +30,7 @@ Ours:
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,10 @@ METHOD = "recontrast"
 PAPER = "Guo et al., ReContrast: Domain-Specific Anomaly Detection via Contrastive Reconstruction, NeurIPS 2023"
 
 STEPS = 200
-BATCH = 16
-"""Normals in a step, at most: the authors' number."""
+BATCH = 8
+"""Normals in a step, at most. The authors' 16 cost twice as much and found no more on magnetic tiles."""
 LEARNING_RATE = 2e-3
+"""At first; it falls to 0 along a cosine, as does the encoder's."""
 PUSH = 0.1
 """Weight of the anomalies. On small painted parts and 40 steps, defects were found far worse with anomalies than
 without at a weight of 1, and slightly worse at 0.1. After 100 steps at 0.1, better in one pair."""
@@ -201,6 +203,7 @@ class ReContrastTask:
         self._anomalies = _Labelled(network, anomalies)
         self._stop_anomalies = _Labelled(network, stop_anomalies)
         self._steps, self._seed, self._margin = steps, seed, margin
+        self._rates = (learning_rate, learning_rate * ENCODER_RATE)
         self._batch = min(batch, BATCH, len(normals))
         self.optimizers = [
             torch.optim.AdamW(network.decoder.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY),
@@ -218,6 +221,10 @@ class ReContrastTask:
 
     def step(self, number: int) -> dict[str, float]:
         """One step of AdamW on a batch of normals and some anomalies."""
+        share = 0.5 * (1.0 + math.cos(math.pi * number / self._steps))
+        for optimizer, rate in zip(self.optimizers, self._rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * share
         places = batch_of(len(self._normals), self._batch, self._seed, number)
         hidden, frozen = self._normals.some(places)
         chosen = torch.zeros(0, dtype=torch.int64)
