@@ -233,9 +233,9 @@ def _run(
         click.echo(f"next: edgead kka export-set {work.path} -o FOLDER")
     else:
         # Without rounds there is nothing to prefer; with them, the next round comes after it.
-        place = _STAGES.index(stage)
-        last = place + 1 == len(_STAGES) or (stage == "judge" and not checked.rounds)
-        click.echo(f"next: edgead kka {'run' if last else _STAGES[place + 1]} {config}")
+        following = _STAGES[_STAGES.index(stage) + 1 :]
+        last = not following or (stage == "judge" and not checked.rounds)
+        click.echo(f"next: edgead kka {'run' if last else following[0]} {config}")
     if found:
         rows = [["round", "images", "hard", "easy", "faint", "refused", "hard share", "set", "preferences"]]
         for each in found:

@@ -6,7 +6,7 @@ was not. What a stage cost stands in `costs.jsonl`.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -166,7 +166,7 @@ def encode_record(record: Record) -> bytes:
         ValueError: a number that is not finite.
     """
     line = canonical_json(record)
-    decode_record(line, type(record), _MADE)
+    _decoded(line, type(record), _MADE)
     return line + b"\n"
 
 
@@ -181,6 +181,11 @@ def decode_record(line: bytes, kind: type[AnyRecord], where: str) -> AnyRecord:
     Raises:
         InputError: it is not of that kind.
     """
+    found: AnyRecord = _decoded(line, kind, where)
+    return found
+
+
+def _decoded(line: bytes, kind: type[Record], where: str) -> Any:
     if len(line) > RECORD_BYTES:
         raise _refusal(where, kind, f"{len(line)} bytes")
     try:

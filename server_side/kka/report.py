@@ -266,12 +266,12 @@ def _outlined(frame: Frame, work: WorkFolder, image: Image) -> Frame:
     """A picture, uint8 RGB [H, W, 3], with a line around what was painted, at a small distance from it."""
     if not image.mask:
         return frame
-    mask = (read_image(work.path / image.mask)[..., 0] > 0).astype(np.uint8)
+    inside = (read_image(work.path / image.mask)[..., 0] > 0).astype(np.uint8)
     # In pixels of the page: the picture is shrunk afterwards.
     scale = max(1.0, max(frame.shape[:2]) / _SIDE)
     away, thick = round(5 * scale), max(1, round(0.8 * scale))
-    mask = cv2.dilate(mask, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * away + 1, 2 * away + 1)))
-    outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    around = cv2.dilate(inside, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * away + 1, 2 * away + 1)))
+    outlines, _ = cv2.findContours(around, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     return np.asarray(cv2.drawContours(frame.copy(), outlines, -1, _OUTLINE, thick, cv2.LINE_AA), np.uint8)
 
 
