@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
@@ -39,21 +40,22 @@ def torch_device(name: str = "auto") -> torch.device:
         return torch.device("cuda", 0) if count else CPU
     if name == "cpu":
         return CPU
-    kind, colon, number = name.partition(":")
-    if kind != "cuda" or (colon and not (number.isascii() and number.isdecimal())):
+    found = re.fullmatch(r"cuda(?::([0-9]{1,4}))?", name)
+    if found is None:
         raise InputError(
             wanted="a device to train on: auto, cpu, cuda, or one of several GPUs such as cuda:1",
             got=f"'{name}'",
             next_step="Name one of these, or leave --device out.",
         )
-    if int(number or 0) >= count:
+    number = int(found[1] or 0)
+    if number >= count:
         raise InputError(
             wanted=f"the GPU '{name}' to train on",
             got=f"{count} that torch can use, from cuda:0 on" if count else "none that torch can use",
             next_step="Leave --device out: a GPU is used if there is one. Where torch sees none, install its build for "
             "GPUs, and look at the driver.",
         )
-    return torch.device("cuda", int(number or 0))
+    return torch.device("cuda", number)
 
 
 def device_of(module: nn.Module) -> torch.device:

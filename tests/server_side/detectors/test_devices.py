@@ -44,7 +44,7 @@ def test_without_a_name_a_gpu_is_taken_if_there_is_one() -> None:
     assert torch_device("cpu") == CPU
 
 
-@pytest.mark.parametrize("name", ["gpu", "", "cuda:", "cuda:one", "cuda:-1", "cuda:1:2", "cpu:0", "meta"])
+@pytest.mark.parametrize("name", ["gpu", "", "cuda:", "cuda:one", "cuda:-1", "cuda:1:2", "cuda:1\n", "cpu:0", "meta"])
 def test_what_is_no_device_is_refused(name: str) -> None:
     with pytest.raises(InputError, match="auto, cpu, cuda"):
         torch_device(name)
