@@ -197,8 +197,7 @@ class ReContrastTask:
         device: torch.device = CPU,
         identity: dict[str, Any] | None = None,
     ) -> None:
-        self.module = network.to(device)
-        self._device = device
+        self.module, self._device = network.to(device), device
         self._normals, self._stop = Prepared(network, normals), Prepared(network, stop)
         self._anomalies = _Labelled(network, anomalies)
         self._stop_anomalies = _Labelled(network, stop_anomalies)
