@@ -8,7 +8,8 @@ Painted or photographed normals; a language model of 10^5 parameters that is tau
 procedural painter; Deep SAD as evaluator; preference training with `trl`. It asks, and answers with yes or NO:
 
 - does the hard share rise in every round, and by half again from the first to the last, above a floor of visibility?
-- is Deep SAD better on hard anomalies that were made apart, with KKA(last) than with KKA(0), and than with none?
+- are Deep SAD and SimpleNet better on hard anomalies that were made apart, with KKA(last) than with KKA(0), and than
+  with none?
 - are hard anomalies worth more than easy ones at equal numbers?
 
 Hard shares are those of the run's own evaluators, and of a reference that is the same for all rounds
@@ -27,7 +28,7 @@ from typing import Any
 
 from benchmarks.common import note, report, table
 from benchmarks.kka_loop import LoopSettings, changed, run_loop
-from benchmarks.kka_measure import Measures, kept
+from benchmarks.kka_measure import METHODS, Measures, kept
 from edgead.server_side.kka.report import write_report
 from edgead.server_side.kka.rounds import facts
 from edgead.server_side.kka.work import WorkFolder
@@ -135,12 +136,14 @@ def claims(found: dict[str, Any], last: int) -> dict[str, Any]:
         (f"KKA({last}) add", f"uniform, as many as KKA({last}) add"),
         ("hard only, at equal number", "easy only, at equal number"),
     ):
-        pairs = [
-            (each[better]["auroc_hard"], each[worse]["auroc_hard"])
-            for each in worth
-            if better in each and worse in each and "auroc_hard" in each[better]
-        ]
-        ask(f"on hard anomalies {better} beats {worse}", pairs, lambda pair: pair[0] > pair[1])
+        for ending, method in METHODS.items():
+            figure = f"auroc_hard{ending}"
+            pairs = [
+                (each[better][figure], each[worse][figure])
+                for each in worth
+                if better in each and worse in each and figure in each[better]
+            ]
+            ask(f"{method}: on hard anomalies {better} beats {worse}", pairs, lambda pair: pair[0] > pair[1])
     return answers
 
 
@@ -164,16 +167,17 @@ def show(found: dict[str, Any], settings: LoopSettings) -> None:
     print(table(head, rows))
     worth = {seed: one["worth"] for seed, one in found.items() if "worth" in one}
     if worth:
-        names = list(next(iter(worth.values())))
-        lines = []
-        for name in names:
-            cells = [one[name] for one in worth.values() if name in one]
-            by_seed = [_shown(cell.get("auroc_hard")) for cell in cells]
-            means = [_mean([c[key] for c in cells if key in c]) for key in ("images", "auroc_hard", "auroc_all")]
-            lines.append([name, *map(_shown, means), " ".join(by_seed)])
-        print("\nDeep SAD trained with each set, tried on anomalies made apart; of these hard: ", end="")
+        print("\nDetectors trained with each set, tried on anomalies made apart; of these hard: ", end="")
         print(", ".join(f"{one['tests']['hard']} of {one['tests']['painted']}" for one in found.values()))
-        print(table(["trained with", "images", "AUROC hard", "AUROC all", "hard, by seed"], lines))
+        for ending, method in METHODS.items():
+            lines = []
+            for name in next(iter(worth.values())):
+                cells = [one[name] for one in worth.values() if name in one]
+                by_seed = [_shown(cell.get(f"auroc_hard{ending}")) for cell in cells]
+                figures = ("images", f"auroc_hard{ending}", f"auroc_all{ending}")
+                means = [_mean([cell[key] for cell in cells if key in cell]) for key in figures]
+                lines.append([name, *map(_shown, means), " ".join(by_seed)])
+            print(table([f"{method} with", "images", "AUROC hard", "AUROC all", "hard, by seed"], lines))
     print()
 
 

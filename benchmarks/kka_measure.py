@@ -1,13 +1,16 @@
-"""What the sets of a run are worth: Deep SAD trained with each, on anomalies that were made apart from the run.
+"""What the sets of a run are worth: Deep SAD and SimpleNet trained with each, on anomalies made apart from the run.
 
 Test pictures are photographs that no run saw, and painted ones on more of them: sentences drawn uniformly from the
 grammar by another seed. Which of these are hard is said by a reference: Deep SAD of another seed, trained on
 photographs of its own and on sentences of its own. So neither the run nor one of its evaluators decides what it is
 tried on; and as the reference was trained as KKA(0) is, hard means hard for what KKA(0) knows.
+
+SimpleNet is the second opinion: it learns from the masks, patch by patch, where Deep SAD learns from whole images.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -22,23 +25,28 @@ from torch import Tensor
 
 from benchmarks.common import Frame
 from benchmarks.kka_loop import GRAMMAR, LoopSettings
-from edgead.runtime.image import list_images, read_image
+from edgead.runtime.image import encode_png, list_images, read_image
 from edgead.runtime.preprocess import prepare
 from edgead.runtime.spec import Preprocessing
 from edgead.server_side.backbones import Backbone, load_backbone
+from edgead.server_side.detectors import simplenet
 from edgead.server_side.detectors.deep_sad import SphereNetwork, SphereTask, embedded, maps_of
+from edgead.server_side.detectors.trained import Samples, TrainedOptions
 from edgead.server_side.detectors.training import Schedule, train
 from edgead.server_side.kka.procedural import GrammarAuthor, ProceduralPainter
 from edgead.server_side.kka.records import Image, Judgement
-from edgead.server_side.kka.sets import members
+from edgead.server_side.kka.seams import UndrawableCaptionError
+from edgead.server_side.kka.sets import members, samples
 from edgead.server_side.kka.stages import hard_limit
 from edgead.server_side.kka.work import WorkFolder
 from edgead.server_side.metrics import auroc
 
 PAINTED_TESTS = 160
 TRAININGS = 2
-"""Deep SAD is trained so often with each set, from different weights; means are reported."""
+"""Deep SAD is trained so often with each set, from different weights; means are reported. SimpleNet once."""
 STEPS = 600
+METHODS = {"": "Deep SAD", "_simplenet": "SimpleNet"}
+"""Endings of the names of figures -> the detector that they are of."""
 _HELD_OUT = 0.2
 
 
@@ -81,19 +89,26 @@ def sphere(normals: Tensor, anomalies: Tensor, settings: LoopSettings, seed: int
     return Sphere(network, centre, distances)
 
 
-def painted_apart(folder: Path, count: int, floor: float, seed: int) -> list[Frame]:
-    """Anomalies from uniform sentences of the grammar on the photographs of a folder, none fainter than the floor."""
+def painted_apart(folder: Path, count: int, floor: float, seed: int) -> list[tuple[Frame, Frame]]:
+    """Anomalies from uniform sentences of the grammar on the photographs of a folder, none fainter than the floor.
+
+    Returns:
+        picture uint8 [H, W, 3] and mask uint8 [H, W] of each.
+    """
     author, painter = GrammarAuthor(GRAMMAR), ProceduralPainter()
     paths = list_images(folder)
-    found: list[Frame] = []
+    found: list[tuple[Frame, Frame]] = []
     for place in range(20 * count):
         number = seed * 1_000_003 + place
         normal = read_image(paths[place % len(paths)])
-        painted = painter.paint(author.write([""], [number])[0], normal, seed=number)
+        try:
+            painted = painter.paint(author.write([""], [number])[0], normal, seed=number)
+        except UndrawableCaptionError:
+            continue
         assert painted.mask is not None
         inside = painted.mask > 0
         if np.abs(painted.image[inside].astype(np.int16) - normal[inside]).mean() >= floor:
-            found.append(painted.image)
+            found.append((painted.image, painted.mask))
         if len(found) == count:
             break
     return found
@@ -106,13 +121,14 @@ class Measures:
         self._settings, self._seed, self._folder = settings, seed, folder
         self._backbone: Backbone = load_backbone("embedded").eval()
         self._normals = self._maps([read_image(path) for path in list_images(folder / "normals")])
-        good = self._maps([read_image(path) for path in list_images(folder / "held")])
-        bad = self._maps(painted_apart(folder / "held", PAINTED_TESTS, settings.floor, 10_000 + seed))
-        apart = painted_apart(folder / "reference", 2 * settings.captions, settings.floor, 20_000 + seed)
+        good = [read_image(path) for path in list_images(folder / "held")]
+        bad = _pictures(painted_apart(folder / "held", PAINTED_TESTS, settings.floor, 10_000 + seed))
+        apart = _pictures(painted_apart(folder / "reference", 2 * settings.captions, settings.floor, 20_000 + seed))
         normals = self._maps([read_image(path) for path in list_images(folder / "reference")])
         self.reference = sphere(normals, self._maps(apart), settings, 30_000 + seed)
+        self._test_frames = [*good, *bad]
         self._limit = hard_limit(self.reference.held, settings.quantile)
-        self._tests = torch.cat([good, bad])
+        self._tests = self._maps(self._test_frames)
         self._anomalous = np.arange(len(self._tests)) >= len(good)
         hard = self.reference.distances(self._tests) < self._limit
         self._hard_tests = ~self._anomalous | hard
@@ -132,11 +148,11 @@ class Measures:
         Args:
             works: the finished runs by mode.
         """
-        sets: dict[str, Callable[[], Tensor]] = {"no anomalies": lambda: self._maps([])}
+        sets: dict[str, Callable[[], Samples]] = {"no anomalies": list}
         for mode, work in works.items():
             for number in range(work.config.rounds + 1):
                 name = f"KKA({number}) {mode}" if number else "KKA(0)"
-                sets[name] = lambda work=work, number=number: self._set(work, number)  # type: ignore[misc]
+                sets[name] = functools.partial(samples, work, number)
         add = works.get("add")
         if add is not None:
             last = add.config.rounds
@@ -148,42 +164,71 @@ class Measures:
         return {
             name: kept(
                 self._folder / "worth" / f"{re.sub('[^a-zA-Z0-9]+', '-', name)}.json",
-                lambda make=make: self._worth(make()),
+                functools.partial(self._worth, make),
             )
             for name, make in sets.items()
         }
 
-    def _equal(self, work: WorkFolder, only: str) -> Tensor:
+    def _equal(self, work: WorkFolder, only: str) -> Samples:
         """As many hard or easy images of the last set as there are of the rarer kind."""
         last = work.config.rounds
         count = min(len(members(work, last, only=kind)) for kind in ("hard", "easy"))
-        maps = self._set(work, last, only)
-        chosen = np.random.default_rng(self._seed).permutation(len(maps))[:count]
-        return maps[torch.from_numpy(np.sort(chosen))]
+        found = samples(work, last, only=only)
+        chosen = np.random.default_rng(self._seed).permutation(len(found))[:count]
+        return [found[place] for place in sorted(chosen.tolist())]
 
-    def _uniform(self, count: int) -> Tensor:
-        return self._maps(painted_apart(self._folder / "normals", count, self._settings.floor, self._seed + 7))
+    def _uniform(self, count: int) -> Samples:
+        """Painted anew, into a folder, as detectors take files."""
+        folder = self._folder / "uniform"
+        folder.mkdir(exist_ok=True)
+        found: list[tuple[Path, Path | None]] = []
+        made = painted_apart(self._folder / "normals", count, self._settings.floor, self._seed + 7)
+        for place, (picture, mask) in enumerate(made):
+            paths = folder / f"{place:05d}.png", folder / f"{place:05d}_mask.png"
+            paths[0].write_bytes(encode_png(picture))
+            paths[1].write_bytes(encode_png(np.repeat(mask[..., None], 3, 2)))
+            found.append(paths)
+        return found
 
-    def _worth(self, anomalies: Tensor) -> dict[str, float]:
-        found: dict[str, list[float]] = {"hard": [], "all": []}
+    def _worth(self, make: Callable[[], Samples]) -> dict[str, float]:
+        anomalous = make()
+        anomalies = self._maps([read_image(path) for path, _ in anomalous])
+        found: dict[str, list[float]] = {}
         for training in range(TRAININGS):
-            trained = sphere(self._normals, anomalies, self._settings, 100 * self._seed + training)
-            distances = trained.distances(self._tests)
-            for name, chosen in (("hard", self._hard_tests), ("all", np.ones(len(self._tests), bool))):
-                area = auroc(self._anomalous[chosen], distances[chosen])
-                if area is not None:
-                    found[name].append(area)
-        means = {f"auroc_{name}": float(np.mean(areas)) for name, areas in found.items() if areas}
-        return {"images": float(len(anomalies)), **means}
+            seed = 100 * self._seed + training
+            trained = sphere(self._normals, anomalies, self._settings, seed)
+            scores = {"": trained.distances(self._tests)}
+            if not training:  # it differs little from seed to seed
+                scores["_simplenet"] = self._simplenet(anomalous, seed)
+            for method, each in scores.items():
+                for name, chosen in (("hard", self._hard_tests), ("all", np.ones(len(self._tests), bool))):
+                    area = auroc(self._anomalous[chosen], each[chosen])
+                    if area is not None:
+                        found.setdefault(f"auroc_{name}{method}", []).append(area)
+        return {"images": float(len(anomalies)), **{name: float(np.mean(areas)) for name, areas in found.items()}}
 
-    def _set(self, work: WorkFolder, number: int, only: str | None = None) -> Tensor:
-        return self._maps([read_image(work.path / image.file) for image, _ in members(work, number, only=only)])
+    def _simplenet(self, anomalous: Samples, seed: int) -> NDArray[np.float32]:
+        """Scores [N] of the test pictures by SimpleNet, trained with a set and its masks."""
+        side = self._settings.size
+        options = TrainedOptions(preprocessing=Preprocessing(side, side), seed=seed, device="cpu")
+        learned = simplenet.learn(list_images(self._folder / "normals"), options, anomalous)
+        statistics = torch.from_numpy(learned.pack.arrays["map.statistics"])
+        found = []
+        with torch.inference_mode():
+            for frame in self._test_frames:
+                shaped = torch.from_numpy(prepare(frame, options.preprocessing))
+                found.append(float(learned.head(learned.trunk(shaped), statistics)[0][0]))
+        return np.array(found, np.float32)
 
     def _maps(self, frames: Sequence[Frame]) -> Tensor:
         side = self._settings.size
         preprocessing = Preprocessing(side, side)
         shaped = [prepare(frame, preprocessing)[0] for frame in frames]
         return maps_of(self._backbone, np.stack(shaped) if shaped else np.zeros((0, side, side, 3), np.uint8))
+
+
+def _pictures(painted: Sequence[tuple[Frame, Frame]]) -> list[Frame]:
+    return [picture for picture, _ in painted]
 
 
 def kept(path: Path, make: Any) -> Any:
@@ -193,4 +238,4 @@ def kept(path: Path, make: Any) -> Any:
     return json.loads(path.read_text())
 
 
-__all__ = ["TRAININGS", "Measures", "kept", "sphere"]
+__all__ = ["METHODS", "TRAININGS", "Measures", "kept", "sphere"]
