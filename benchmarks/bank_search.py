@@ -9,6 +9,7 @@ plain matrix product of the same shapes in the same run: the best of numpy's and
 from __future__ import annotations
 
 import argparse
+import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -99,7 +100,7 @@ def _measure(bundle: Bundle, rows: int, rounds: int) -> dict[str, Any]:
     contenders: dict[str, Callable[[], Any]] = {}
     for target in ("onnx", "openvino"):
         head = open_engine(bundle, target, threads=THREADS).head(pack)
-        contenders[target] = lambda head=head: head.infer({"patches": patches[None]})  # type: ignore[misc]
+        contenders[target] = functools.partial(head.infer, {"patches": patches[None]})
     columns = np.ascontiguousarray(bank.T)
     out = np.empty((len(patches), rows), np.float32)
     contenders["numpy product"] = lambda: np.matmul(patches, columns, out=out)

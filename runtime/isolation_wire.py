@@ -67,11 +67,8 @@ class Refused(Struct, frozen=True, tag="refused"):
     def error(self) -> EdgeadError:
         """The error as it was raised; `EngineError` for a kind that is not in the tree."""
         kind = getattr(errors, self.kind, None)
-        known = isinstance(kind, type) and issubclass(kind, EdgeadError)
-        made: EdgeadError = (kind if known else EngineError)(  # type: ignore[misc]
-            wanted=self.wanted, got=self.got, next_step=self.next_step
-        )
-        return made
+        chosen = kind if isinstance(kind, type) and issubclass(kind, EdgeadError) else EngineError
+        return chosen(wanted=self.wanted, got=self.got, next_step=self.next_step)
 
 
 class Look(Struct, frozen=True):

@@ -98,6 +98,7 @@ def _backend(name: Library) -> Backend:
     trt = importlib.import_module(name)
     errors: deque[str] = deque(maxlen=20)
 
+    # The library is chosen at run time, so no checker knows its class.
     class Messages(trt.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
