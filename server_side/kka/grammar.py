@@ -34,21 +34,22 @@ from edgead.server_side.kka.caption_words import (
     COLUMNS,
     CONTRAST_WORDS,
     COUNTS,
-    DENIALS,
     HUE_WORDS,
     KINDS,
     OF_SOMETHING,
+    REMOVED,
     ROWS,
     SHADE_ALONE,
     SHADES,
     SIZE_WORDS,
+    affirmed,
 )
 from edgead.server_side.kka.seams import UndrawableCaptionError
 from edgead.server_side.painting import DEFECTS
 
 Range = tuple[float, float]
 
-VERSION = 1
+VERSION = 2
 """Of the words and of what they mean; goes into the digest of everything that draws by them."""
 
 LONGEST_CAPTION = 500
@@ -185,22 +186,22 @@ def describe(defect: Defect) -> str:
 def parse(caption: str) -> Defect:
     """The defect of a caption in free words: synonyms and any order are understood, the rest is left open.
 
-    The first kind that is named counts. A size or colour of something else ("a crack on a large grey plate") is not
-    the defect's.
+    The first kind that is named and not denied ("no scratches but a dent") counts. A size or colour of something else
+    ("a crack on a large grey plate") is not the defect's. A length ("2 cm") is neither a number of defects nor a size:
+    nobody knows how large the picture is.
 
     Raises:
         UndrawableCaptionError: it names no defect that can be drawn, says that there is none, or is no sentence.
     """
-    text = " ".join(re.sub(r"[^\w'&]+|_", " ", caption[: LONGEST_CAPTION + 1].casefold()).split())
+    text = affirmed(caption[: LONGEST_CAPTION + 1])
     if len(caption) > LONGEST_CAPTION or not text:
         raise _undrawable(f"{len(caption)} characters" if text else "no words")
     named = _first_kind(text)
     if named is None:
-        raise _undrawable(f"{text[:200]!r}, which names none")
+        why = "which says that there is none" if REMOVED in text else "which names none"
+        raise _undrawable(f"{' '.join(caption.split())[:200]!r}, {why}")
     kind, start, end = named
     before = text[:start].split()
-    if _denied(before, text):
-        raise _undrawable(f"{text[:200]!r}, which says that there is none")
     after = text[end:].split()
     plural = bool(re.search(r"(?:[^s]s|es)$", text[start:end].split()[-1])) and kind != "missing part"
     return Defect(
@@ -235,13 +236,6 @@ def _first_kind(text: str) -> tuple[str, int, int] | None:
         return None
     start, end, _, kind = min(found)
     return kind, start, -end
-
-
-def _denied(before: Sequence[str], text: str) -> bool:
-    """Whether it says that there is none: "no scratches", "free of dents", "without any visible crack"."""
-    near = list(before[-4:])
-    said = any(word in DENIALS for word in near) and "only" not in near and "longer" not in near
-    return said or bool(re.search(r"\b(?:flawless|defect free|undamaged)\b", text))
 
 
 def _of_something_else(words: Sequence[str], at: int) -> bool:
