@@ -155,7 +155,8 @@ _BREAKS = _set(
 )
 """What follows one of these is there again."""
 _BEGINNINGS = _set(
-    "a an the this its one two three 2 3 several some few many multiple numerous single another is are was were"
+    "a an the this its one two three 2 3 several some few many multiple numerous single another it it's "
+    "there's is are was were"
 )
 """So is what begins with one of these behind a comma or an 'and'."""
 _FARTHEST = 6

@@ -187,6 +187,7 @@ def test_a_number_before_a_unit_is_a_length_and_no_count(caption: str, defect: D
         ("neither scratches nor dents, but a stain", Defect("stain")),
         ("the part without scratches is chipped", Defect("missing part")),
         ("lacking a bit of paint, scratched", Defect("scratch")),
+        ("it's not a dent, it's a scratch", Defect("scratch")),
         ("Scratches: none. Dents: two", Defect("dent", number=2)),
         # These deny nothing.
         ("the surface is not smooth, a dent is on the left", Defect("dent", place="near the left edge")),
