@@ -74,6 +74,8 @@ def fit(normal: Path | None, output: Path, force: bool, as_json: bool, **words: 
             click.echo(f"  {port.name:<16} {rows} rows x {dimensions}")
     click.echo(f"  threshold   {detector.pack.calibration.threshold:.4g}")
     click.echo(f"  {card['calibration']}")
+    if card.get("warning"):
+        click.echo(f"  warning: {card['warning']}")
     if card.get("most_unusual"):
         unusual = ", ".join(f"{item['image']} ({item['score']:.4g})" for item in card["most_unusual"])
         click.echo(f"  most unusual of the held-out photographs: {unusual}")

@@ -124,6 +124,10 @@ def test_a_published_teacher_and_own_pictures_serve_efficientad(
     assert card["teacher"] == {"published": "published.pth"}
     assert card["penalty"] == {"pictures": 8, "kind": "own pictures"}
     assert card["precision"] == "bfloat16"
+    assert card["student_unlearned"] > 0.5, "after one step"
+    code, out, error = run(capsys, *[word for word in words if word != "--json"], "-o", tmp_path / "other.detector")
+    assert code == 0, error
+    assert "warning: the student has not learned" in out
 
 
 def test_an_unreadable_picture_is_left_out_if_asked_and_named(

@@ -29,8 +29,9 @@ from edgead.server_side.detectors.trained import Anomalies
 from edgead.server_side.detectors.training import batch_of, generator
 from edgead.server_side.devices import CPU
 
-STEPS = 400
-"""Of the student; the paper's 70,000 are for GPUs, and `TrainedOptions.steps` asks for as many."""
+STEPS = 4000
+"""Of the student; the paper's 70,000 are for GPUs, and `TrainedOptions.steps` asks for as many. After 400 a student on
+magnetic tiles found nothing (image AUROC 0.47)."""
 LEARNING_RATE = 5e-4
 """The paper's is 1e-4 for its 70,000 steps; it falls to a tenth for the last twentieth, as there."""
 WEIGHT_DECAY = 1e-5
