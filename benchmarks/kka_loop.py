@@ -56,6 +56,7 @@ class LoopSettings:
         top_p: of the author: without it each odd word of its tail comes up once in a hundred captions.
         pairs: preferences of a round.
         prefer_steps: of the preference training.
+        prefer_likelihood: weight of the chosen captions' likelihood in it.
         prefer_rate: its learning rate; the published one is for a model with 10^5 times the parameters.
     """
 
@@ -79,6 +80,7 @@ class LoopSettings:
     pairs: int = 256
     prefer_steps: int = 70
     prefer_rate: float = 7e-4
+    prefer_likelihood: float = 0.0
 
     @property
     def class_name(self) -> str:
@@ -188,6 +190,7 @@ size = {settings.size}
 
 [prefer]
 learning_rate = {settings.prefer_rate}
+likelihood = {settings.prefer_likelihood}
 pairs = {settings.pairs}
 steps = {settings.prefer_steps}
 batch = 16

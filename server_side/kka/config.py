@@ -127,6 +127,9 @@ class Prefer(Struct, frozen=True, forbid_unknown_fields=True):
     batch: Positive = 4
     accumulate: Positive = 4
     """Batches that are summed before a step."""
+    likelihood: Annotated[float, Meta(ge=0.0, le=10.0)] = 0.0
+    """Weight of the chosen captions' own likelihood beside equation 7. Ours: preferences say which of two captions is
+    better, not that either is a caption; a small author that is tuned by them alone forgets its language."""
     reject_faint: bool = True
     """Captions of too faint anomalies are rejected like easy ones. Ours: hardest of all is what nobody can see, and an
     author drifts there unless it is told not to."""

@@ -165,7 +165,7 @@ def _dpo_config(task: Task, folder: Path, *, on_gpu: bool) -> Any:
     return trl.DPOConfig(
         output_dir=str(folder),
         beta=settings.beta,
-        loss_type=["sigmoid"],
+        **_losses(settings.likelihood),
         max_length=None,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
@@ -194,6 +194,13 @@ def _dpo_config(task: Task, folder: Path, *, on_gpu: bool) -> Any:
         remove_unused_columns=False,
         **{checkpointing: on_gpu},
     )
+
+
+def _losses(likelihood: float) -> dict[str, Any]:
+    """Equation 7, and the likelihood of what is chosen beside it, of a weight."""
+    if not likelihood:
+        return {"loss_type": ["sigmoid"]}
+    return {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, likelihood]}
 
 
 def _lora(task: Task, network: Any) -> Any:

@@ -74,6 +74,7 @@ pairs = 256                    # of a hard and an easy caption, at most
 steps = 150
 batch = 4
 accumulate = 4                 # batches that are summed before a step
+likelihood = 0.0               # weight of the chosen captions' likelihood; 0.1 to 1 if the author forgets its language
 reject_faint = true            # captions of too faint anomalies are rejected like easy ones
 target_modules = []            # layers with adapters; [] for those that peft knows of the model
 

@@ -138,10 +138,11 @@ def a_task(model: Path, before: Path | None = None, **more: Any) -> Task:
     return msgspec.structs.replace(task, **more)
 
 
-def test_the_loss_of_a_batch_is_equation_7(
-    model: Path, first: Path, models_of_tests: ModuleType, tmp_path: Path
+@pytest.mark.parametrize("likelihood", [0.0, 0.5])
+def test_the_loss_of_a_batch_is_equation_7_and_the_likelihood_of_what_is_chosen(
+    likelihood: float, model: Path, first: Path, models_of_tests: ModuleType, tmp_path: Path
 ) -> None:
-    settings = msgspec.structs.replace(QUICK, beta=0.3)
+    settings = msgspec.structs.replace(QUICK, beta=0.3, likelihood=likelihood)
     trainer = build_trainer(a_task(model, first, settings=settings), pairs(4), tmp_path, ExitStack())
     # The policy goes elsewhere, its reference stays.
     generator = torch.Generator().manual_seed(0)
@@ -155,7 +156,10 @@ def test_the_loss_of_a_batch_is_equation_7(
         found = float(trainer.compute_loss(trainer.model, batch))
     policy, reference = (log_odds(model, adapter, GOOD + BAD) for adapter in (tmp_path / "moved", first))
     rows = np.array([(0, 2), (1, 2), (0, 3), (1, 3)])
-    assert found == pytest.approx(dpo_loss(policy[rows], reference[rows], 0.3), abs=1e-5)
+    # Mean over the words of all chosen captions, each with its end.
+    words = float(batch["completion_mask"][:4].sum())
+    chosen = -float(policy[rows[:, 0]].sum()) / words
+    assert found == pytest.approx(dpo_loss(policy[rows], reference[rows], 0.3) + likelihood * chosen, abs=1e-5)
     assert abs(found - np.log(2)) > 1e-3
 
 
