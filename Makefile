@@ -30,7 +30,7 @@ demo: $(STAMP)
 
 # Side by side, one thread for each: many tests wait for servers and processes. `make test WORKERS=0` is one by one.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

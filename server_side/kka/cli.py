@@ -228,6 +228,13 @@ def _run(
         return
     made = _made(work)
     click.echo(f"work folder {work.path}: " + ", ".join(f"{count} {name}" for name, count in made.items()))
+    if found:
+        rows = [["round", "images", "hard", "easy", "faint", "refused", "hard share", "set", "preferences"]]
+        for each in found:
+            share = "-" if each["hard_share"] is None else f"{100 * each['hard_share']:.0f} %"
+            names = ("round", "images", "hard", "easy", "faint", "refused")
+            rows.append([*(str(each[name]) for name in names), share, str(each["set"]), str(each["preferences"])])
+        click.echo(table(rows))
     if stage is None:
         click.echo(f"report {work.path / 'report.html'}")
         click.echo(f"next: edgead kka export-set {work.path} -o FOLDER")
@@ -236,13 +243,6 @@ def _run(
         following = _STAGES[_STAGES.index(stage) + 1 :]
         last = not following or (stage == "judge" and not checked.rounds)
         click.echo(f"next: edgead kka {'run' if last else following[0]} {config}")
-    if found:
-        rows = [["round", "images", "hard", "easy", "faint", "refused", "hard share", "set", "preferences"]]
-        for each in found:
-            share = "-" if each["hard_share"] is None else f"{100 * each['hard_share']:.0f} %"
-            names = ("round", "images", "hard", "easy", "faint", "refused")
-            rows.append([*(str(each[name]) for name in names), share, str(each["set"]), str(each["preferences"])])
-        click.echo(table(rows))
 
 
 __all__ = ["kka"]

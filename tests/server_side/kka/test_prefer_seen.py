@@ -105,10 +105,11 @@ def test_on_a_terminal_there_is_progress_and_nothing_else(begin: Callable[[int, 
         assert any(re.fullmatch(pattern, line) for pattern in (LIVE, *SAID)), line
     assert [sum(bool(re.fullmatch(pattern, line)) for line in shown) for pattern in SAID] == [2, 2]
     assert "preferences: 12/12 (100 %)" in sent
-    first, head, *rows = out.splitlines()
+    first, head, *rows, last = out.splitlines()
     assert first.startswith("work folder run.kka")
     assert head.split()[:4] == ["round", "images", "hard", "easy"]
     assert [row.split()[0] for row in rows] == ["0", "1"]
+    assert last == "next: edgead kka run run.toml"
 
 
 @pytest.mark.parametrize("kind", ["words", "chat", "no end", "llama"])
