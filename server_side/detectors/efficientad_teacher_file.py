@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from edgead.runtime.errors import BackboneError, storage_errors
+from edgead.runtime.errors import BackboneError, StorageError, storage_errors
 from edgead.runtime.files import write_file
 from edgead.runtime.spec import canonical_json
 from edgead.server_side.detectors.efficientad_networks import PatchDescription
@@ -83,6 +83,7 @@ def _own(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             if metadata.get("edgead.teacher") != SCHEMA:
                 raise ValueError(f"no teacher of schema {SCHEMA}")
             record = json.loads(metadata["record"])
+            # An open file of safetensors is no mapping: it has keys, and cannot be iterated.
             return {name: file.get_tensor(name) for name in file.keys()}, dict(record)  # noqa: SIM118
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise _foreign(path, error) from error
@@ -93,9 +94,11 @@ def _published(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with storage_errors(path, "to read a teacher"):
             content = torch.load(path, map_location="cpu", weights_only=True)
         state = dict(content)
+        if not all(isinstance(tensor, Tensor) for tensor in state.values()):
+            raise ValueError("not only tensors")
         names = next(names for names in _PUBLISHED if f"{names[0]}.weight" in state)
-    except (StopIteration, TypeError, ValueError, RuntimeError, EOFError, KeyError, AttributeError) as error:
-        raise _foreign(path, error) from error
+    except StorageError:
+        raise
     except Exception as error:  # the unpickler's refusals have a class of their own in every version
         raise _foreign(path, error) from error
     ours = dict(zip(names, _LAYERS, strict=True))

@@ -50,9 +50,9 @@ def test_published_teachers_are_read_as_they_are(names: tuple[str, ...], tmp_pat
     assert record == {"published": "pretrained_teacher_small.pth"}
 
 
-@pytest.mark.parametrize("kind", ["missing", "text", "medium", "nan", "code"])
+@pytest.mark.parametrize("kind", ["missing", "text", "medium", "nan", "code", "numbers"])
 def test_what_is_no_small_teacher_is_refused(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / ("x.pth" if kind in ("medium", "code") else "x.teacher")
+    path = tmp_path / ("x.pth" if kind in ("medium", "code", "numbers") else "x.teacher")
     teacher = PatchDescription(768 if kind == "medium" else 384)
     if kind == "text":
         path.write_text("no weights")
@@ -67,6 +67,8 @@ def test_what_is_no_small_teacher_is_refused(kind: str, tmp_path: Path) -> None:
         )
     elif kind == "code":
         torch.save({"conv1.weight": Path(".")}, path)
+    elif kind == "numbers":
+        torch.save({"conv1.weight": 3.0}, path)
     elif kind == "nan":
         torch.nn.init.constant_(teacher.first.weight, float("nan"))
         write_teacher(path, teacher, {})

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 
+from edgead.runtime.errors import InputError
 from edgead.runtime.image import encode_png
 from edgead.server_side.kka.config import read_config
+from edgead.server_side.kka.jobs import OrderedMap
+from edgead.server_side.kka.scale_out import ray_map
 from edgead.server_side.kka.work import WorkFolder
 
 
@@ -24,6 +29,17 @@ def _module(name: str, path: Path) -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def mapped() -> Iterator[OrderedMap[Any, Any]]:
+    """An ordered map over a real Ray cluster of this machine, ended with the module."""
+    with contextlib.ExitStack() as stack:
+        try:
+            over_workers = stack.enter_context(ray_map("local"))
+        except InputError as error:  # a sandbox may forbid what Ray needs: sockets, shared memory
+            pytest.skip(f"Ray cannot start on this machine: {error.got}")
+        yield over_workers
 
 
 @pytest.fixture(scope="session")

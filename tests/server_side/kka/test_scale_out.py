@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -20,16 +19,6 @@ from edgead.server_side.kka.records import Made, Normal
 from edgead.server_side.kka.scale_out import ray_map
 
 pytest.importorskip("ray", reason="a cluster needs edgead[server]")
-
-
-@pytest.fixture(scope="module")
-def mapped() -> Iterator[OrderedMap[Any, Any]]:
-    with contextlib.ExitStack() as stack:
-        try:
-            over_workers = stack.enter_context(ray_map("local"))
-        except InputError as error:
-            pytest.skip(f"Ray cannot start on this machine: {error.got}")
-        yield over_workers
 
 
 def test_painting_over_workers_gives_the_bytes_of_one_process(mapped: OrderedMap[Any, Any], photographs: Path) -> None:

@@ -18,13 +18,11 @@ from typing import Any
 
 import pytest
 
-from edgead.runtime.errors import InputError
 from edgead.server_side.kka.config import read_config
 from edgead.server_side.kka.jobs import OrderedMap, WriteJob
 from edgead.server_side.kka.makers import opened_makers
 from edgead.server_side.kka.records import Caption, Image, Judgement, Preference, Representative
 from edgead.server_side.kka.rounds import Makers, run
-from edgead.server_side.kka.scale_out import ray_map
 from edgead.server_side.kka.seams import Tuned
 from edgead.server_side.kka.work import WorkFolder
 
@@ -48,16 +46,6 @@ size = 32
 batch = 8
 visible_floor = 0.0
 """
-
-
-@pytest.fixture(scope="module")
-def mapped() -> Iterator[OrderedMap[Any, Any]]:
-    with contextlib.ExitStack() as stack:
-        try:
-            over_workers = stack.enter_context(ray_map("local"))
-        except InputError as error:
-            pytest.skip(f"Ray cannot start on this machine: {error.got}")
-        yield over_workers
 
 
 @pytest.fixture(scope="module")

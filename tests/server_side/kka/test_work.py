@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 import pytest
 
@@ -141,7 +142,7 @@ def test_no_work_folder_is_said_in_words(made: bool, tmp_path: Path) -> None:
 
 def _no_makers() -> Makers:
 
-    def none(*given: object) -> object:
+    def none(*given: object) -> NoReturn:
         raise AssertionError("nothing but describing is asked for")
 
-    return Makers(describe, none, none, none, none, none)  # type: ignore[arg-type]
+    return Makers(describe, none, none, none, none, none)
