@@ -8,8 +8,8 @@ with a language model of few words that is trained from scratch, the procedural 
 preference training; then train each detector on the same photographs alone, with the set of *add* and with that of
 *rep*, export it, and evaluate it on `test`. As the evaluator of round 0 judges all rounds, they do not depend on the
 mode, and both sets are of one run. Labelled pictures play no part before that last step. EfficientAD's teacher is
-distilled once for each data set and seed, and its student is trained in bfloat16. Each cell is kept in the work folder
-as soon as it is there: start again and it goes on.
+distilled once, from pictures of anything, and serves every cell, as the paper's does; `--generic` is where it and the
+student's penalty find them. Each cell is kept in the work folder as soon as it is there: start again and it goes on.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks.common import note, report, table
 from benchmarks.kka_loop import LoopSettings, run_loop
@@ -39,6 +41,10 @@ METHODS = {
 }
 SETS = ("none", "add", "rep")
 FIGURES = ("auroc", "pixel_auroc")
+GENERIC = 160
+"""Generic pictures for EfficientAD: its teacher's closed form looks at as many crops."""
+_HELD = 8
+"""Of them, to see how much its teacher has not learned."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,6 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--normals", type=int, help="photographs to train on; all of train/good if not given")
     parser.add_argument("--limit", type=int, help="test pictures of each type, the first by name; all if not given")
     parser.add_argument("--size", type=int, default=256, help="side of the detectors' input")
+    parser.add_argument("--generic", type=Path, help="EfficientAD: pictures of anything; painted ones if not given")
     parser.add_argument("--steps", type=int, help="of each detector; its own number if not given")
     parser.add_argument("--captions", type=int, default=LoopSettings.captions, help="of each round")
     parser.add_argument("--rounds", type=int, default=LoopSettings.rounds, help="after round 0")
@@ -101,7 +108,8 @@ def _cell(data: Path, folder: Path, method: str, which: str, seed: int, options:
     if method == "efficientad":
         from edgead.server_side.detectors.efficientad import EfficientAdExtras
 
-        more["extras"] = EfficientAdExtras(teacher=folder / "efficientad.teacher", precision="bfloat16")
+        generic = None if options.generic is None else _some_pictures(options.generic)
+        more["extras"] = EfficientAdExtras(penalty=generic, teacher=_teacher(generic, options))
     learn = importlib.import_module(f"edgead.server_side.detectors.{METHODS[method]}").learn
     trained = TrainedOptions(preprocessing=Preprocessing(options.size, options.size), steps=options.steps, seed=seed)
     checkpoint = folder / f"{method}-{which}.training"
@@ -124,6 +132,34 @@ def _cell(data: Path, folder: Path, method: str, which: str, seed: int, options:
         "auroc_by_type": {name: kind.auroc for name, kind in kinds.items() if name not in ("all", "good")},
         "milliseconds": result.milliseconds,
     }
+
+
+def _some_pictures(folder: Path) -> tuple[Path, ...]:
+    """Up to `GENERIC` pictures in a folder of folders, of all of them alike."""
+    there = [path for inner in sorted({*folder.iterdir(), folder}) if inner.is_dir() for path in list_images(inner)]
+    order = np.random.default_rng(0).permutation(len(there))[:GENERIC]
+    return tuple(there[place] for place in sorted(order.tolist()))
+
+
+def _teacher(generic: tuple[Path, ...] | None, options: argparse.Namespace) -> Path:
+    """EfficientAD's teacher, distilled from generic pictures alone if it is not there yet."""
+    from edgead.server_side.backbones import load_backbone
+    from edgead.server_side.detectors import efficientad_teacher as teaching
+    from edgead.server_side.detectors.efficientad_teacher_file import write_teacher
+    from edgead.server_side.detectors.trained import TrainedOptions
+
+    path: Path = options.work / f"efficientad-{options.size}-{'painted' if generic is None else 'pictures'}.teacher"
+    if path.exists():
+        return path
+    size = Preprocessing(options.size, options.size)
+    frames = teaching.generic_frames(size) if generic is None else teaching.picture_frames(generic, size)
+    plain = TrainedOptions()
+    backbone = load_backbone(plain.backbone, weights=plain.backbone_weights, layers=plain.layers).eval()
+    none = frames[:0]
+    teacher, history = teaching.distil_teacher(backbone, frames[_HELD:], none, frames[:_HELD])
+    note(f"EfficientAD's teacher leaves {history.best:.3f} of the backbone's variance on other pictures unexplained")
+    write_teacher(path, teacher, {"distilled_from": plain.backbone, "unexplained": round(history.best, 6)})
+    return path
 
 
 def _samples(work: WorkFolder, mode: str) -> list[tuple[Path, Path | None]]:

@@ -58,6 +58,14 @@ def torch_device(name: str = "auto") -> torch.device:
     return torch.device("cuda", number)
 
 
+def knows_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 itself; others imitate it, a hundred times slower than float32."""
+    if device.type == "cuda":
+        # Compute capability 8.0 on: before it, bfloat16 is imitated too.
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Where a module's weights are; the CPU if it has none."""
     found = next(chain(module.parameters(), module.buffers()), None)
@@ -113,4 +121,4 @@ def on_cpu(state: Any) -> Any:
     return [on_cpu(value) for value in state] if isinstance(state, list) else state
 
 
-__all__ = ["CPU", "computing_on", "device_of", "on_cpu", "placed", "torch_device"]
+__all__ = ["CPU", "computing_on", "device_of", "knows_bfloat16", "on_cpu", "placed", "torch_device"]

@@ -57,7 +57,7 @@ def fit(normal: Path | None, output: Path, force: bool, as_json: bool, **words: 
       edgead fit --method winclip --model ViT-B-16-plus-240 --model-weights laion400m_e32 \\
         --class carpet --normal photos/good --shots 4 -o carpet.detector
       edgead fit --method simplenet --normal photos/good --anomalous anomalies/ -o part.detector
-      edgead fit --method efficientad --normal photos/good --teacher small.teacher --precision bfloat16 -o part.detector
+      edgead fit --method efficientad --normal photos/good --teacher small.teacher -o part.detector
       edgead fit --method recontrast --normal photos/good --device cuda:1 -o part.detector
     """
     detector = fit_from_options(normal, output, force=force, **words)
@@ -186,6 +186,7 @@ def _fit_trained(
             penalty=None if words["generic"] is None else tuple(list_images(words["generic"])),
             teacher=words["teacher"],
             precision=words["precision"] or "float32",
+            start=words["start"] or "closed",
         )
     # An interrupted training goes on from here when the same command is given again.
     checkpoint = output.with_name(output.name + ".training")

@@ -46,7 +46,7 @@ OPTIONS_OF: dict[str, tuple[str, ...]] = {
     "layers": (MEMORY_BANK, *TRAINED_METHODS, *TRAINS_PROJECTIONS),
     "steps": _LEARNS_STEPWISE,
     "device": (*TRAINED_METHODS, "cmda"),
-    **dict.fromkeys(("teacher", "generic", "precision"), ("efficientad",)),
+    **dict.fromkeys(("teacher", "generic", "precision", "start"), ("efficientad",)),
     "projections": TRAINS_PROJECTIONS,
     "auxiliary": TRAINS_PROJECTIONS,
     "score": ("april-gan",),
@@ -132,6 +132,12 @@ def fit_options(command: Command) -> Command:
             "--precision",
             type=click.Choice(["float32", "bfloat16"]),
             help="efficientad: of its training; bfloat16 takes half the time on processors and GPUs that know it.",
+        ),
+        click.option(
+            "--start",
+            type=click.Choice(["closed", "random"]),
+            help="efficientad: where training begins: closed forms that describe the part in a minute (the default), "
+            "or random weights as in the paper, which want its 70,000 --steps.",
         ),
         click.option(
             "--model",

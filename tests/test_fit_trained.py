@@ -52,6 +52,7 @@ def anomalies(painted_normals: Path, tmp_path_factory: pytest.TempPathFactory) -
         ("--method memory-bank --device cpu", "cmda"),
         ("--method simplenet --teacher some.teacher", "efficientad"),
         ("--method simplenet --precision bfloat16", "efficientad"),
+        ("--method simplenet --start random", "efficientad"),
         ("--method winclip --device cpu", "cmda"),
         ("--method deepsad", "deep-sad"),
         ("--method ssd --normal nowhere", "nowhere"),
@@ -107,8 +108,13 @@ def test_a_detector_is_written_and_no_checkpoint_is_left(
 
 
 def test_a_published_teacher_and_own_pictures_serve_efficientad(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, painted_normals: Path, anomalies: Path
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    painted_normals: Path,
+    anomalies: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("edgead.server_side.detectors.efficientad.knows_bfloat16", lambda _: True)
     teacher = PatchDescription(seed=3)
     state = {
         f"conv{at}.{name}": value
@@ -117,7 +123,8 @@ def test_a_published_teacher_and_own_pictures_serve_efficientad(
     }
     torch.save(state, tmp_path / "published.pth")
     words = ["fit", "--method", "efficientad", "--size", "64", "--steps", "1", "--normal", painted_normals, "--json"]
-    words += ["--teacher", tmp_path / "published.pth", "--generic", anomalies, "--precision", "bfloat16"]
+    words += ["--teacher", tmp_path / "published.pth", "--generic", anomalies]
+    words += ["--precision", "bfloat16", "--start", "random"]
     code, out, error = run(capsys, *words, "-o", tmp_path / "part.detector")
     assert code == 0, error
     card = json.loads(out)

@@ -9,14 +9,15 @@ Ours, where the paper trains 70,000 steps on a GPU with ImageNet at hand:
 
 - the teacher is distilled here, see `efficientad_teacher`, unless there is a file of one: of an earlier fit, or a
   published one;
+- teacher and student begin with closed forms, see `efficientad_start`, unless random weights are asked for;
 - the student looks at crops: a PDN has no padding, so a crop's cells are the frame's own. One forward pass of a crop
   serves L_hard and L_STAE, so L_hard too sees the small changes of brightness, contrast and saturation that the paper
   makes for the autoencoder alone;
 - the penalty on pictures that are no normals takes painted generic pictures, own ones, or none, in place of ImageNet;
 - generated anomalies with masks (KKA) are such pictures at the cells that the mask reaches, every second step; those
   without a mask teach nothing, since most of them looks like a normal;
-- far fewer steps at a higher learning rate, with the weights of the best validation kept. A student that has not
-  learned its teacher on normals finds nothing, so the card says how much it has not learned, and warns.
+- far fewer steps, with the weights of the best validation kept. A student that has not learned its teacher on normals
+  finds nothing, so the card says how much it has not learned, and warns.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from edgead.server_side.detectors.efficientad_training import LEARNING_RATE, STE
 from edgead.server_side.detectors.memory_bank import smoothing_matrix
 from edgead.server_side.detectors.trained import Samples, TrainedOptions, load_data
 from edgead.server_side.detectors.training import Schedule, train
-from edgead.server_side.devices import torch_device
+from edgead.server_side.devices import knows_bfloat16, torch_device
 from edgead.server_side.learned import Learned, Modules, finished
 
 METHOD = "efficientad"
@@ -51,6 +52,7 @@ PAPER = (
     "arXiv 2303.14535"
 )
 PRECISIONS = ("float32", "bfloat16")
+STARTS = ("closed", "random")
 QUANTILES = (0.9, 0.995)
 SCALE = 0.1
 """What q_b is brought to; q_a is brought to 0."""
@@ -74,12 +76,15 @@ class EfficientAdExtras:
             and kept there for other fits.
         teacher_steps: of the teacher's distillation.
         precision: 'float32' or 'bfloat16', of the student's training: about twice as fast on processors that know it.
+        start: 'closed' for the closed forms of `efficientad_start`, 'random' for the paper's random weights, which want
+            the paper's number of steps.
     """
 
     penalty: tuple[Path, ...] | None = None
     teacher: Path | None = None
     teacher_steps: int = teaching.STEPS
     precision: str = "float32"
+    start: str = "closed"
 
 
 class EfficientAdTrunk(nn.Module):
@@ -202,16 +207,23 @@ def learn(
         checkpoint: where the training is kept between interruptions; the teacher's is beside it until the end.
 
     Raises:
-        InputError: fewer than 2 normals, a frame's size that the networks cannot take, an unknown precision or device.
+        InputError: fewer than 2 normals, a frame's size that the networks cannot take, an unknown start, precision or
+            device, bfloat16 on a processor that only imitates it.
+        FailureError: the teacher says the same of everything.
         ImageError: a file is no picture.
         BackboneError: an unknown backbone, or a file that is no teacher.
     """
     extras = extras or EfficientAdExtras()
-    if extras.precision not in PRECISIONS:
-        raise InputError(
-            wanted=f"one of the precisions {', '.join(PRECISIONS)}", got=f"'{extras.precision}'", next_step="Name one."
-        )
+    for what, named, known in (("precisions", extras.precision, PRECISIONS), ("starts", extras.start, STARTS)):
+        if named not in known:
+            raise InputError(wanted=f"one of the {what} {', '.join(known)}", got=f"'{named}'", next_step="Name one.")
     device = torch_device(options.device)
+    if extras.precision == "bfloat16" and not knows_bfloat16(device):
+        raise InputError(
+            wanted=f"a device that computes in bfloat16, to train in it on {device}",
+            got="one that imitates it, at many times the cost of float32",
+            next_step="Leave --precision out.",
+        )
     size = (options.preprocessing.height, options.preprocessing.width)
     _check_size(size)
     data = load_data(normal, options, anomalous)
@@ -223,6 +235,7 @@ def learn(
         "backbone": options.backbone,
         "data": data.digest,
         "generic": int(generic.sum(dtype=np.int64)),
+        "start": extras.start,
         "teacher_steps": extras.teacher_steps,
     }
     networks = EfficientAdNetworks(size, options.seed)
@@ -239,6 +252,7 @@ def learn(
             steps=extras.teacher_steps,
             seed=options.seed,
             identity=identity,
+            closed=extras.start == "closed",
             checkpoint=kept,
             device=device,
         )
@@ -274,6 +288,8 @@ def learn(
         identity=identity,
         device=device,
     )
+    if extras.start == "closed" and (checkpoint is None or not checkpoint.is_file()):
+        task.start()
     schedule = Schedule(steps, validate_every=max(1, steps // 5), patience=options.patience)
     history = train(task, schedule, label="EfficientAD", checkpoint=checkpoint)
     if kept is not None:
@@ -307,6 +323,7 @@ def learn(
             "kind": "painted" if extras.penalty is None else ("own pictures" if extras.penalty else "left out"),
         },
         precision=extras.precision,
+        start=extras.start,
         training=history.facts(),
         student_unlearned=round(unlearned, 4),
         paper_steps=70_000,

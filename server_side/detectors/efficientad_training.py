@@ -2,43 +2,54 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from edgead.server_side.detectors.efficientad_crops import (
+    Place,
+    crop_place,
+    cropped,
+    normalised,
+    of_crop,
+    place_around,
+    reached,
+)
 from edgead.server_side.detectors.efficientad_networks import (
-    CELL,
     CHANNELS,
-    FIELD,
     MEAN,
     STD,
     Autoencoder,
     PatchDescription,
-    cells,
     difference_maps,
     hard_feature_loss,
     penalty_loss,
     reconstruction_loss,
 )
-from edgead.server_side.detectors.efficientad_teacher import CROP, crop_place, normalised, of_crop
+from edgead.server_side.detectors.efficientad_start import (
+    component_filters,
+    foreign_examples,
+    normal_examples,
+    read_out,
+)
 from edgead.server_side.detectors.trained import Anomalies
 from edgead.server_side.detectors.training import batch_of, generator
-from edgead.server_side.devices import CPU
+from edgead.server_side.devices import CPU, computing_on
 
-STEPS = 4000
-"""Of the student; the paper's 70,000 are for GPUs, and `TrainedOptions.steps` asks for as many. After 400 a student on
-magnetic tiles found nothing (image AUROC 0.47)."""
-LEARNING_RATE = 5e-4
-"""The paper's is 1e-4 for its 70,000 steps; it falls to a tenth for the last twentieth, as there."""
+STEPS = 200
+"""Of the student; the paper's 70,000 are for GPUs, and `TrainedOptions.steps` asks for as many."""
+LEARNING_RATE = 1e-4
+"""The paper's; it falls to a tenth for the last twentieth, as there."""
+AUTOENCODER_RATE = 5.0
+"""Times that: the autoencoder begins with random weights, which few steps at the paper's rate leave where they are."""
 WEIGHT_DECAY = 1e-5
+_CROP = 96
 _PENALTY_CROP = 64
 _VALIDATED = 4
-_REACH = 16
-"""Side in pixels of the middle of a cell's field where a mask makes the cell anomalous."""
 
 
 class EfficientAdNetworks(nn.Module):
@@ -78,14 +89,6 @@ def changed(pixels: Tensor, drawn: torch.Generator) -> Tensor:
     grey = (colours * torch.tensor((0.299, 0.587, 0.114)).view(1, 3, 1, 1)).sum(1, keepdim=True)
     from_value = (torch.zeros(()), grey.mean(), grey)[kind]
     return ((from_value + factor * (colours - from_value)).clamp(0.0, 1.0) - mean) / std
-
-
-def reached(masks: NDArray[np.bool_]) -> Tensor:
-    """Cells in the middle of whose field a mask lies: bool [M, h, w] from bool [M, H, W]."""
-    inset = (FIELD - _REACH) // 2
-    covered = torch.from_numpy(masks[:, inset:, inset:].astype(np.float32))
-    pooled = F.max_pool2d(covered[:, None], _REACH, CELL)[:, 0] > 0
-    return pooled[:, : cells(masks.shape[1]), : cells(masks.shape[2])]
 
 
 class EfficientAdTask:
@@ -129,8 +132,11 @@ class EfficientAdTask:
         self._cells = reached(self._anomalies.masks)
         self._held = [stop[place] for place in range(0, len(stop), max(1, len(stop) // _VALIDATED))][:_VALIDATED]
         self._steps, self._rate, self._seed = steps, learning_rate, seed
-        learned = [*networks.student.parameters(), *networks.autoencoder.parameters()]
-        self._optimizer = torch.optim.Adam(learned, lr=learning_rate, weight_decay=WEIGHT_DECAY)
+        self._optimizer = torch.optim.Adam(
+            [{"params": [*network.parameters()]} for network in (networks.student, networks.autoencoder)],
+            lr=learning_rate,
+            weight_decay=WEIGHT_DECAY,
+        )
         self.optimizers = [self._optimizer]
         self.identity = {
             "method": "efficientad",
@@ -141,14 +147,31 @@ class EfficientAdTask:
             **(identity or {}),
         }
 
+    def start(self) -> None:
+        """Begin with closed forms instead of random weights, see `efficientad_start`.
+
+        What imitates the autoencoder begins with what an autoencoder begins with: the mean, which is 0.
+        """
+        student, teacher = self.module.student, self.module.teacher
+
+        def taught(frame: NDArray[np.uint8], place: Place) -> Tensor:
+            found: Tensor = teacher(normalised(cropped(frame, place)).to(self._device))[0]
+            return found
+
+        foreign = foreign_examples(self._generic, self._anomalies.frames, self._cells, self._seed)
+        examples = itertools.chain(normal_examples(self._frames, taught, self._seed), foreign)
+        with computing_on(self._device):
+            component_filters(student, self._frames, self._seed, "student: ")
+            read_out(student, examples, CHANNELS, self._seed)
+
     def step(self, number: int) -> dict[str, float]:
         """L_hard, the penalty, L_AE and L_STAE on one normal."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._rate * (0.1 if number >= 0.95 * self._steps else 1.0)
+        for group, times in zip(self._optimizer.param_groups, (1.0, AUTOENCODER_RATE), strict=True):
+            group["lr"] = times * self._rate * (0.1 if number >= 0.95 * self._steps else 1.0)
         drawn = generator(self._seed, number)
         frame = self._frames[batch_of(len(self._frames), 1, self._seed, number).numpy()]
         pixels = changed(normalised(frame), drawn)
-        place = crop_place(frame.shape[1:3], drawn)
+        place = crop_place(frame.shape[1:3], drawn, _CROP)
         top, left, height, width = place
         crop = pixels[..., top : top + height, left : left + width]
         with torch.no_grad():
@@ -181,23 +204,12 @@ class EfficientAdTask:
         where = None
         if own:
             mask = self._cells[int(which[0])]
-            place = self._around(mask, frames.shape[1:3], drawn)
+            place = place_around(mask, frames.shape[1:3], drawn, _PENALTY_CROP)
             where = of_crop(mask[None], place).to(self._device)
         else:
             place = crop_place(frames.shape[1:3], drawn, _PENALTY_CROP)
-        top, left, height, width = place
-        crop = frames[which][:, top : top + height, left : left + width]
-        return penalty_loss(self._passed(self.module.student, normalised(crop))[:, :CHANNELS], where)
-
-    @staticmethod
-    def _around(mask: Tensor, frame: tuple[int, ...], drawn: torch.Generator) -> tuple[int, int, int, int]:
-        """A crop with one anomalous cell, chosen at random, as near to its middle as the frame allows."""
-        chosen = torch.nonzero(mask)
-        row, column = chosen[int(torch.randint(len(chosen), (1,), generator=drawn))].tolist()
-        height, width = (min(CROP, side) for side in frame)
-        top = min(max(row - cells(height) // 2, 0), (frame[0] - height) // CELL) * CELL
-        left = min(max(column - cells(width) // 2, 0), (frame[1] - width) // CELL) * CELL
-        return top, left, height, width
+        crop = normalised(cropped(frames[which], place))
+        return penalty_loss(self._passed(self.module.student, crop)[:, :CHANNELS], where)
 
     def validate(self) -> float:
         """L_AE, L_STAE and the mean difference of student and teacher over held-out normals."""
@@ -211,4 +223,4 @@ class EfficientAdTask:
         return float(torch.stack(found).mean())
 
 
-__all__ = ["LEARNING_RATE", "STEPS", "EfficientAdNetworks", "EfficientAdTask", "changed", "reached"]
+__all__ = ["LEARNING_RATE", "STEPS", "EfficientAdNetworks", "EfficientAdTask", "changed"]

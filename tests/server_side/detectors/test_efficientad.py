@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from edgead.server_side.detectors.efficientad import (
     normalised_map,
     upsampling,
 )
+from edgead.server_side.detectors.efficientad_crops import normalised, reached
 from edgead.server_side.detectors.efficientad_networks import (
     Autoencoder,
     PatchDescription,
@@ -40,14 +42,12 @@ from edgead.server_side.detectors.efficientad_teacher import (
     described,
     distil_teacher,
     generic_frames,
-    normalised,
     standardise,
 )
 from edgead.server_side.detectors.efficientad_training import (
     EfficientAdNetworks,
     EfficientAdTask,
     changed,
-    reached,
 )
 from edgead.server_side.detectors.trained import Anomalies, Samples, TrainedOptions
 from edgead.server_side.detectors.training import Schedule, generator, train
@@ -56,7 +56,7 @@ from edgead.server_side.painting import paint_defect
 
 SIDE = 64
 OPTIONS = TrainedOptions(preprocessing=Preprocessing(SIDE, SIDE), steps=4)
-EXTRAS = EfficientAdExtras(teacher_steps=3)
+EXTRAS = EfficientAdExtras(teacher_steps=3, start="random")
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +223,7 @@ def test_the_teacher_says_what_the_backbone_sees_standardised() -> None:
     assert np.array_equal(frames, generic_frames(Preprocessing(SIDE, SIDE), seed=3, count=6))
     assert described(backbone, frames).shape == (6, 384, 16, 16)
     assert described(load_backbone("random", layers=(8,)), frames[:1]).shape == (1, 384, 16, 16), "averaged to 384"
-    teacher, history = distil_teacher(backbone, frames[:4], frames[4:5], frames[5:], steps=12)
+    teacher, history = distil_teacher(backbone, frames[:4], frames[4:5], frames[5:], steps=12, closed=False)
     standardise(teacher, frames[:4])
     with torch.inference_mode():
         said = teacher(normalised(frames[:4]))
@@ -325,10 +325,10 @@ def test_the_card_says_what_is_not_the_paper_s(learned: Learned, painted_normals
     assert learned.card["data"]["anomalies_with_masks"] == 3
     paths = list_images(painted_normals)
     quick = TrainedOptions(preprocessing=Preprocessing(SIDE, SIDE), steps=1)
-    without = learn(paths[:2], quick, extras=EfficientAdExtras(penalty=(), teacher_steps=1))
+    without = learn(paths[:2], quick, extras=dataclasses.replace(EXTRAS, penalty=()))
     assert without.card["penalty"] == {"pictures": 0, "kind": "left out"}
     assert "set by hand" in without.card["calibration"]
-    own = learn(paths[:4], quick, extras=EfficientAdExtras(penalty=tuple(paths[:2]), teacher_steps=1))
+    own = learn(paths[:4], quick, extras=dataclasses.replace(EXTRAS, penalty=tuple(paths[:2])))
     assert own.card["penalty"] == {"pictures": 2, "kind": "own pictures"}
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from edgead.detector_file import weights_digest
-from edgead.runtime.errors import BackboneError, InputError
+from edgead.runtime.errors import BackboneError, FailureError, InputError
 from edgead.runtime.image import list_images
 from edgead.runtime.spec import Preprocessing
+from edgead.server_side.detectors import efficientad
 from edgead.server_side.detectors.efficientad import EfficientAdExtras, learn
 from edgead.server_side.detectors.efficientad_networks import PatchDescription
 from edgead.server_side.detectors.efficientad_teacher_file import read_teacher, write_teacher
@@ -22,7 +23,7 @@ SIDE = 64
 
 def test_a_teacher_is_made_once_and_serves_other_fits(painted_normals: Path, tmp_path: Path) -> None:
     paths, quick = list_images(painted_normals), TrainedOptions(preprocessing=Preprocessing(SIDE, SIDE), steps=1)
-    extras = EfficientAdExtras(penalty=(), teacher=tmp_path / "small.teacher", teacher_steps=2)
+    extras = EfficientAdExtras(penalty=(), teacher=tmp_path / "small.teacher", teacher_steps=2, start="random")
     first = learn(paths[:6], quick, extras=extras)
     made = (tmp_path / "small.teacher").read_bytes()
     again = learn(paths[:6], quick, extras=dataclasses.replace(extras, teacher_steps=9))
@@ -30,9 +31,9 @@ def test_a_teacher_is_made_once_and_serves_other_fits(painted_normals: Path, tmp
     assert first.spec.fingerprint == again.spec.fingerprint
     assert first.card["teacher"] == again.card["teacher"]
     assert first.card["teacher"]["steps"] == 2
-    assert learn(paths[:6], quick, extras=EfficientAdExtras(penalty=(), teacher_steps=2)).spec.fingerprint == (
-        first.spec.fingerprint
-    ), "a file changes nothing"
+    assert learn(
+        paths[:6], quick, extras=EfficientAdExtras(penalty=(), teacher_steps=2, start="random")
+    ).spec.fingerprint == (first.spec.fingerprint), "a file changes nothing"
 
 
 @pytest.mark.parametrize("names", [("conv1", "conv2", "conv3", "conv4"), ("0", "3", "6", "8")])
@@ -77,14 +78,41 @@ def test_what_is_no_small_teacher_is_refused(kind: str, tmp_path: Path) -> None:
     assert str(path) in f"{refused.value.wanted} {refused.value.got}"
 
 
-def test_half_precision_trains_nearly_the_same_student(painted_normals: Path) -> None:
+def test_half_precision_trains_nearly_the_same_student(painted_normals: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Small enough for processors that imitate it.
+    monkeypatch.setattr(efficientad, "knows_bfloat16", lambda _: True)
     paths = list_images(painted_normals)[:4]
     options = TrainedOptions(preprocessing=Preprocessing(SIDE, SIDE), steps=4)
-    extras = EfficientAdExtras(penalty=(), teacher_steps=2)
+    extras = EfficientAdExtras(penalty=(), teacher_steps=2, start="random")
     whole = learn(paths, options, extras=extras)
     half = learn(paths, options, extras=dataclasses.replace(extras, precision="bfloat16"))
     assert half.card["precision"] == "bfloat16"
     losses = [each.card["training"]["validation_loss"] for each in (whole, half)]
     assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.05)
-    with pytest.raises(InputError, match="float32, bfloat16"):
-        learn(paths, options, extras=EfficientAdExtras(precision="float16"))
+
+
+@pytest.mark.parametrize(
+    ("extras", "said"),
+    [
+        (EfficientAdExtras(precision="float16"), "float32, bfloat16"),
+        (EfficientAdExtras(start="warm"), "closed, random"),
+        (EfficientAdExtras(precision="bfloat16"), "leave --precision out"),
+    ],
+)
+def test_what_training_cannot_do_is_told_before_any_work(
+    extras: EfficientAdExtras, said: str, painted_normals: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(efficientad, "knows_bfloat16", lambda _: False)
+    options = TrainedOptions(preprocessing=Preprocessing(SIDE, SIDE), steps=1)
+    with pytest.raises(InputError, match=f"(?i){said}"):
+        learn(list_images(painted_normals)[:4], options, extras=extras)
+
+
+def test_a_teacher_that_says_the_same_of_everything_is_refused(painted_normals: Path, tmp_path: Path) -> None:
+    dead = PatchDescription()
+    torch.nn.init.constant_(dead.last.weight, 0.0)
+    write_teacher(tmp_path / "dead.teacher", dead, {})
+    options = TrainedOptions(preprocessing=Preprocessing(SIDE, SIDE), steps=1)
+    extras = EfficientAdExtras(penalty=(), teacher=tmp_path / "dead.teacher")
+    with pytest.raises(FailureError, match="384 of its 384 channels are constant"):
+        learn(list_images(painted_normals)[:4], options, extras=extras)
