@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.linalg
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -199,12 +200,14 @@ def _some(count: int, drawn: torch.Generator) -> Tensor:
 
 def _filters(covariance: Tensor, outputs: int, drawn: torch.Generator) -> Tensor:
     """Whitening filters float32 [outputs, n] of a covariance float64 [n, n]: components, negatives, mixtures."""
-    values, vectors = torch.linalg.eigh(covariance)
-    half = min(outputs // 2, len(values))
-    largest = values.flip(0)[:half].clamp_min(0.0)
+    extent = len(covariance)
+    half = min(outputs // 2, extent)
+    # torch computes all components, at three times the cost.
+    values, vectors = scipy.linalg.eigh(covariance.numpy(), subset_by_index=(extent - half, extent - 1))
+    largest = torch.from_numpy(values[::-1].copy()).clamp_min(0.0)
     # A picture of one colour has no variance at all.
     scale = (largest + _WHITENED * largest.mean()).sqrt().clamp_min(1e-6)
-    white = (vectors.flip(1)[:, :half] / scale).T
+    white = (torch.from_numpy(vectors[:, ::-1].copy()) / scale).T
     mixed = torch.randn(outputs - 2 * half, half, generator=drawn, dtype=white.dtype)
     mixed = nn.functional.normalize(mixed, dim=1)
     return torch.cat([white, -white, mixed @ white]).float()

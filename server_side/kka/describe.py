@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,15 @@ def describe(work: WorkFolder) -> list[Normal]:
     """Describe every normal of a run; those that have their record are left as they are.
 
     Raises:
-        InputError: no photographs, a file of captions that misses some, or a captioner that cannot be had here.
+        InputError: no photographs, others than the run was begun with, a file of captions that misses some, or a
+            captioner that cannot be had here.
         ImageError: a photograph that cannot be read.
         StorageError: the file system refused.
     """
+    have = {record.file: record for record in work.records(Normal)}
+    _unchanged(work, have.values())
     if work.is_done("describe"):
-        return work.records(Normal)
+        return list(have.values())
     settings = work.config.describe
     paths = list_images(work.normals)
     if len(paths) < 2:
@@ -39,7 +42,6 @@ def describe(work: WorkFolder) -> list[Normal]:
             got=f"{len(paths)}",
             next_step="Name their folder as `normals` in the configuration.",
         )
-    have = {record.file: record for record in work.records(Normal)}
     names = [path.relative_to(work.normals).as_posix() for path in paths]
     _same_photographs(work, list(have), names)
     with work.stage("describe") as made, Progress("describing normals", len(paths)) as progress:
@@ -55,6 +57,30 @@ def describe(work: WorkFolder) -> list[Normal]:
                 made.append(1)
             progress.advance()
     return work.records(Normal)
+
+
+def _unchanged(work: WorkFolder, records: Iterable[Normal]) -> None:
+    """Refuse to go on with a photograph that is another one than was described: it was embedded, and painted on."""
+    changed = []
+    for record in records:
+        path = work.normals / record.file
+        if not path.is_file():
+            changed.append(f"{record.file} is gone")
+            continue
+        with storage_errors(path, "to read a photograph"):
+            if hashlib.sha256(path.read_bytes()).hexdigest() != record.sha256:
+                changed.append(f"{record.file} is another picture")
+    if changed:
+        raise _others(work, changed)
+
+
+def _others(work: WorkFolder, changed: Sequence[str]) -> InputError:
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return InputError(
+        wanted=f"the photographs in {work.normals} that the run was begun with",
+        got=f"others: {', '.join(changed[:3])}{more}",
+        next_step="Put them back as they were, or begin in another work folder.",
+    )
 
 
 def _describer(work: WorkFolder, paths: Sequence[Path]) -> tuple[Describer, Made]:
@@ -90,11 +116,7 @@ def _same_photographs(work: WorkFolder, before: Sequence[str], names: Sequence[s
     """Refuse to go on with other photographs: ids are places in their list, and all else rests on them."""
     if list(names[: len(before)]) != list(before):
         changed = [name for name in before if name not in names] or [name for name in names if name not in before]
-        raise InputError(
-            wanted=f"the photographs in {work.normals} that the run was begun with",
-            got=f"others: {', '.join(changed[:3])}",
-            next_step="Put them back as they were, or begin in another work folder.",
-        )
+        raise _others(work, changed)
 
 
 def read_captions(path: Path) -> dict[str, str]:

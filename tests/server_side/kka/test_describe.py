@@ -70,6 +70,27 @@ def test_other_photographs_than_a_run_was_begun_with_are_refused(
     assert len(work.records(Normal)) == 2
 
 
+@pytest.mark.parametrize("harm", ["replaced", "removed"])
+def test_a_photograph_that_changed_after_its_description_is_refused(
+    harm: str, begin: Callable[..., WorkFolder], tmp_path: Path
+) -> None:
+    work = begin()
+    before = describe(work)
+    assert describe(work) == before
+    path = tmp_path / "good" / "left" / "00.png"
+    kept = path.read_bytes()
+    if harm == "replaced":
+        shutil.copy(tmp_path / "good" / "left" / "01.png", path)
+    else:
+        path.unlink()
+    with pytest.raises(InputError, match="that the run was begun with") as refused:
+        describe(work)
+    said = {"replaced": "left/00.png is another picture", "removed": "left/00.png is gone"}[harm]
+    assert said in refused.value.got
+    path.write_bytes(kept)
+    assert describe(work) == before, "it goes on when they are back"
+
+
 @pytest.mark.parametrize("line", ["00.png a plate", "00.png\t ", "00.png\ta\n00.png\tb"])
 def test_a_line_that_is_none_is_named(line: str, tmp_path: Path) -> None:
     (tmp_path / "captions.tsv").write_text(line)
