@@ -1,6 +1,6 @@
 """A teacher for EfficientAD without a download: a patch description network distilled from a backbone.
 
-The paper distils its teacher from a WideResNet-101 on ImageNet in 60,000 steps of 16 pictures. Ours is made within a few
+The paper distils its teacher from a WideResNet-101 on ImageNet in 60,000 steps of 16 pictures. Ours is made in a few
 minutes from the photographs of the part themselves and from generic pictures: it need not describe the world, only be
 a fixed description that a student can learn on normals and does not know elsewhere. It begins with the closed forms of
 `efficientad_start`, which explain 12 to 30 % of the embedded backbone on photographs that they have not seen. From

@@ -7,22 +7,19 @@ a teacher says is standardised over the normals of each fit, so a file's scale d
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from edgead.runtime.errors import BackboneError, StorageError, storage_errors
-from edgead.runtime.files import write_file
-from edgead.runtime.spec import canonical_json
+from edgead.runtime.errors import BackboneError
 from edgead.server_side.detectors.efficientad_networks import PatchDescription
+from edgead.server_side.tensor_files import ForeignFileError, read_checkpoint, read_tensors, write_tensors
 
 SCHEMA = "1"
+_KIND = "teacher"
 _LAYERS = ("first", "second", "third", "last")
 _PUBLISHED = (("conv1", "conv2", "conv3", "conv4"), ("0", "3", "6", "8"))
 """What others call the four convolutions."""
@@ -39,8 +36,7 @@ def write_teacher(path: Path, teacher: PatchDescription, record: Mapping[str, An
     Raises:
         StorageError: the file system refused.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in teacher.state_dict().items()}
-    write_file(path, save(tensors, {"edgead.teacher": SCHEMA, "record": canonical_json(dict(record)).decode()}))
+    write_tensors(path, teacher, _KIND, SCHEMA, record)
 
 
 def read_teacher(path: Path) -> tuple[PatchDescription, dict[str, Any]]:
@@ -59,7 +55,17 @@ def read_teacher(path: Path) -> tuple[PatchDescription, dict[str, Any]]:
             got="a folder" if path.is_dir() else "nothing there",
             next_step="Name a file of an earlier fit or a published checkpoint.",
         )
-    state, record = _published(path) if path.suffix in (".pth", ".pt") else _own(path)
+    try:
+        if path.suffix in (".pth", ".pt"):
+            state, record = _renamed(read_checkpoint(path, _KIND)), {"published": path.name}
+        else:
+            state, record = read_tensors(path, _KIND, SCHEMA)
+    except ForeignFileError as error:
+        raise BackboneError(
+            wanted=f"a teacher in {path}: edgead's safetensors, or a checkpoint of PDN-S",
+            got=f"something else ({error})",
+            next_step="Name a file of an earlier fit or a published checkpoint.",
+        ) from error
     teacher = PatchDescription()
     wanted = {name: list(tensor.shape) for name, tensor in teacher.state_dict().items()}
     found = {name: list(tensor.shape) for name, tensor in state.items()}
@@ -76,46 +82,17 @@ def read_teacher(path: Path) -> tuple[PatchDescription, dict[str, Any]]:
     return teacher.eval().requires_grad_(False), record
 
 
-def _own(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with storage_errors(path, "to read a teacher"), safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("edgead.teacher") != SCHEMA:
-                raise ValueError(f"no teacher of schema {SCHEMA}")
-            record = json.loads(metadata["record"])
-            # An open file of safetensors is no mapping: it has keys, and cannot be iterated.
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(record)  # noqa: SIM118
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise _foreign(path, error) from error
-
-
-def _published(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with storage_errors(path, "to read a teacher"):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        state = dict(content)
-        if not all(isinstance(tensor, Tensor) for tensor in state.values()):
-            raise ValueError("not only tensors")
-        names = next(names for names in _PUBLISHED if f"{names[0]}.weight" in state)
-    except StorageError:
-        raise
-    except Exception as error:  # the unpickler's refusals have a class of their own in every version
-        raise _foreign(path, error) from error
+def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A published checkpoint by our names."""
+    names = next((names for names in _PUBLISHED if f"{names[0]}.weight" in state), None)
+    if names is None:
+        raise ForeignFileError(f"none of the layers {', '.join(first for first, *_ in _PUBLISHED)}")
     ours = dict(zip(names, _LAYERS, strict=True))
     renamed = {}
     for name, tensor in state.items():
         layer, _, kind = name.rpartition(".")
         renamed[f"{ours.get(layer, layer)}.{kind}"] = tensor
-    return renamed, {"published": path.name}
-
-
-def _foreign(path: Path, error: Exception) -> BackboneError:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    return BackboneError(
-        wanted=f"a teacher in {path}: edgead's safetensors, or a checkpoint of PDN-S",
-        got=f"something else ({line})",
-        next_step="Name a file of an earlier fit or a published checkpoint.",
-    )
+    return renamed
 
 
 __all__ = ["SCHEMA", "read_teacher", "write_teacher"]

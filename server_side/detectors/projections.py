@@ -7,20 +7,16 @@ here too; `edgead.server_side.detectors.projection_training` trains them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from edgead.runtime.errors import BackboneError, storage_errors
-from edgead.runtime.files import write_file
-from edgead.runtime.spec import canonical_json
+from edgead.runtime.errors import BackboneError
 from edgead.server_side.detectors.text_heads import unit
+from edgead.server_side.tensor_files import ForeignFileError, read_checkpoint, read_tensors, write_tensors
 
 TEMPERATURE = 0.01
 """Of every softmax over classes: the authors multiply cosines by 100."""
@@ -31,6 +27,7 @@ SMOOTH = 1e-5
 FOCUS = 2.0
 """The focal loss's gamma."""
 SCHEMA = "1"
+_KIND = "projections"
 _AUTHORS = "trainable_linearlayer"
 """What the authors' checkpoints (`.pth`) call the layers."""
 
@@ -107,9 +104,8 @@ def write_projections(
     Raises:
         StorageError: the file system refused.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in projections.state_dict().items()}
     content = {"model": model, "weights": weights, "layers": list(projections.layers), "record": dict(record or {})}
-    write_file(path, save(tensors, {"edgead.projections": SCHEMA, "content": canonical_json(content).decode()}))
+    write_tensors(path, projections, _KIND, SCHEMA, content)
 
 
 def read_projections(
@@ -138,7 +134,19 @@ def read_projections(
             got="a folder" if path.is_dir() else "nothing there",
             next_step="Train them with: edgead projections --model MODEL -o FILE",
         )
-    state, content = _authors_file(path) if path.suffix in (".pth", ".pt") else _own_file(path)
+    state: dict[str, Tensor]
+    content: dict[str, Any] = {}
+    try:
+        if path.suffix in (".pth", ".pt"):
+            state = read_checkpoint(path, _KIND, within=_AUTHORS)
+        else:
+            state, content = read_tensors(path, _KIND, SCHEMA)
+    except ForeignFileError as error:
+        raise BackboneError(
+            wanted=f"trained projections in {path}: edgead's safetensors, or a checkpoint with '{_AUTHORS}'",
+            got=f"something else ({error})",
+            next_step="Train them with edgead, or fetch the file again.",
+        ) from error
     if weights and content.get("weights", weights) != weights:
         raise BackboneError(
             wanted=f"projections for the model whose weights have the SHA-256 {weights[:12]}",
@@ -168,43 +176,8 @@ def read_projections(
     return projections.eval().requires_grad_(False), dict(content.get("record", {}))
 
 
-def _own_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with storage_errors(path, "to read trained projections"), safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("edgead.projections") != SCHEMA:
-                raise ValueError(f"no projections of schema {SCHEMA}")
-            content = json.loads(metadata["content"])
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(content)  # noqa: SIM118
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise _foreign(path, str(error)) from error
-
-
-def _authors_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with storage_errors(path, "to read trained projections"):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        state = content[_AUTHORS]
-        if not all(isinstance(tensor, Tensor) for tensor in state.values()):
-            raise ValueError("not only tensors")
-        return dict(state), {}
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError) as error:
-        raise _foreign(path, str(error)) from error
-    except Exception as error:  # the unpickler's refusals have a class of their own in every version
-        raise _foreign(path, type(error).__name__) from error
-
-
 def _listed(layers: Sequence[int]) -> str:
     return ", ".join(map(str, layers)) or "none"
-
-
-def _foreign(path: Path, reason: str) -> BackboneError:
-    line = (reason.strip().splitlines() or ["no message"])[0][:200]
-    return BackboneError(
-        wanted=f"trained projections in {path}: edgead's safetensors, or a checkpoint with '{_AUTHORS}'",
-        got=f"something else ({line})",
-        next_step="Train them with edgead, or fetch the file again.",
-    )
 
 
 def _unfit(path: Path, wanted: str, got: str) -> BackboneError:
