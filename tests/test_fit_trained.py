@@ -86,6 +86,18 @@ def test_a_device_that_is_not_there_is_named_with_what_to_do(
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_printed_says_how_many_anomalies_were_learned_from(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, painted_normals: Path, anomalies: Path
+) -> None:
+    words = [*TRAINED, "--steps", 2, "--normal", painted_normals, "-o", tmp_path / "x.detector"]
+    code, out, error = run(capsys, *words, "--anomalous", anomalies)
+    assert code == 0, error
+    assert "  images      12\n  anomalies   4, 4 with masks\n" in out
+    code, out, error = run(capsys, *words, "--force")
+    assert code == 0, error
+    assert "  anomalies " not in out
+
+
 @pytest.mark.parametrize("method", ["deep-sad", "padim", "ssd"])
 def test_a_detector_is_written_and_no_checkpoint_is_left(
     method: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, painted_normals: Path, anomalies: Path
