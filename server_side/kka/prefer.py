@@ -48,6 +48,8 @@ from edgead.server_side.kka.seams import Tuned
 
 _TRAINING = "edgead.server_side.kka.preference_training"
 _LAST_WORDS = 2000
+_GRACE_S = 30.0
+"""Seconds that processes are given to end theirs."""
 
 
 class DpoTuner:
@@ -57,9 +59,11 @@ class DpoTuner:
         model: folder or hub name of the author's model.
         settings: of the training.
         reference: what the reference of later rounds is: the adapter before, or the bare model.
-        processes: that train together; None for one for each GPU, or one.
+        processes: that train together, a divisor of `settings.accumulate`, since together they take its batches of a
+            step; None for as many as there are GPUs for.
 
     Raises:
+        InputError: a number of processes that cannot share the batches of a step.
         MissingDependencyError: a package is missing.
     """
 
@@ -74,7 +78,14 @@ class DpoTuner:
         (torch, *_) = imported("torch", "transformers", "peft", "datasets", "accelerate", "trl")
         self._model, self._settings, self._reference = model, settings, reference
         self._gpus = int(torch.cuda.device_count())
-        self._processes = max(1, self._gpus) if processes is None else processes
+        shared = [count for count in range(1, settings.accumulate + 1) if settings.accumulate % count == 0]
+        if processes is not None and processes not in shared:
+            raise InputError(
+                wanted=f"processes that share prefer.accumulate = {settings.accumulate} batches: one of {shared}",
+                got=f"{processes}",
+                next_step="Take another number of them, or of batches.",
+            )
+        self._processes = processes or max(count for count in shared if count <= max(1, self._gpus))
 
     def tune(self, preferences: Sequence[Preference], before: Path | None, after: Path, *, seed: int) -> Tuned:
         """Train an adapter, or go on with a training that was interrupted. See `Tuner`.
@@ -121,16 +132,25 @@ class DpoTuner:
         return take_result(folder, after).tuned()
 
     def _launch(self, folder: Path) -> None:
-        """Train in processes of their own, which `accelerate` starts."""
-        where = ["--gpu_ids", ",".join(map(str, range(self._processes)))] if self._gpus else ["--cpu"]
-        several = ["--multi_gpu"] if self._gpus and self._processes > 1 else []
-        command = [
-            *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(self._processes)),
-            *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
-            *(*where, *several, "-m", _TRAINING, str(folder)),
-        ]
+        """Train in processes of their own, on GPUs as `accelerate` starts them.
+
+        Without GPUs `accelerate` would start one process however many are asked for, unless there is MPI; what it uses
+        for GPUs starts them then, and they talk over gloo.
+        """
+        environment = dict(os.environ)
+        if self._gpus:
+            command = [
+                *("accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"),
+                *("--dynamo_backend", "no", "--main_process_port", "0", "--num_processes", str(self._processes)),
+                *("--gpu_ids", ",".join(map(str, range(self._processes)))),
+                *(["--multi_gpu"] if self._processes > 1 else []),
+            ]
+        else:
+            command = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(self._processes)]
+            environment["ACCELERATE_USE_CPU"] = "true"
+        command = [sys.executable, "-m", *command, "-m", _TRAINING, str(folder)]
         threads = str(max(1, (os.cpu_count() or 1) // self._processes))
-        environment = {"OMP_NUM_THREADS": threads, **os.environ}
+        environment.setdefault("OMP_NUM_THREADS", threads)
         code, words = watched(command, environment)
         if code == 0 and (folder / ADAPTER).is_dir():
             return
@@ -167,10 +187,14 @@ def watched(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int
                 words.extend(line.split())
         return child.wait(), " ".join(words)[-_LAST_WORDS:]
     finally:
-        # Nobody would wait for it after an interruption.
+        # Nobody would wait for it after an interruption. Killed at once it would leave the processes that it started.
         if child.poll() is None:
-            child.kill()
-            child.wait()
+            child.terminate()
+            try:
+                child.wait(_GRACE_S)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
         if child.stderr is not None:
             child.stderr.close()
 

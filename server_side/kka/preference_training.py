@@ -175,7 +175,7 @@ def _dpo_config(task: Task, folder: Path, *, on_gpu: bool) -> Any:
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch,
         # As many pairs in a step however many processes share them.
-        gradient_accumulation_steps=max(1, settings.accumulate // task.processes),
+        gradient_accumulation_steps=settings.accumulate // task.processes,
         use_cpu=not on_gpu,
         bf16=brain,
         fp16=on_gpu and not brain,

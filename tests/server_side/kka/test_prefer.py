@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from edgead.runtime.errors import InputError, OutOfMemoryError, OutputExistsError
 from edgead.server_side.kka.causal import Dialogue
@@ -248,6 +249,26 @@ def test_a_training_that_was_killed_goes_on_and_ends_in_the_same_bytes(
     assert resumed == straight
     assert digests(killed) == digests(whole)
     assert not folder.exists()
+
+
+def test_two_processes_that_share_the_batches_of_a_step_train_the_adapter_of_one(model: Path, tmp_path: Path) -> None:
+    settings = msgspec.structs.replace(QUICK, steps=6, batch=4, accumulate=2)
+    for count in (1, 2):
+        DpoTuner(str(model), settings, processes=count).tune(pairs(), None, tmp_path / str(count), seed=3)
+    one, two = (read_facts(tmp_path / str(count)) for count in (1, 2))
+    assert two.loss == pytest.approx(one.loss, abs=1e-4)
+    assert two.margin == pytest.approx(one.margin, abs=1e-3)
+    weights = [load_file(tmp_path / str(count) / "adapter_model.safetensors") for count in (1, 2)]
+    moved = max(float(tensor.abs().max()) for name, tensor in weights[0].items() if "lora_B" in name)
+    assert moved > 1e-3
+    for name, tensor in weights[0].items():
+        assert float((tensor - weights[1][name]).abs().max()) < 0.02 * moved, name
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["1", "2"]
+
+
+def test_processes_that_cannot_share_the_batches_of_a_step_are_refused(model: Path) -> None:
+    with pytest.raises(InputError, match=r"one of \[1, 2, 4\]"):
+        DpoTuner(str(model), msgspec.structs.replace(QUICK, accumulate=4), processes=3)
 
 
 def test_another_task_in_the_folder_begins_anew(model: Path, tmp_path: Path) -> None:

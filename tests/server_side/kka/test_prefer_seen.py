@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -9,7 +11,6 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -170,7 +171,7 @@ def test_trl_is_given_tokens_and_tokenizes_nothing_itself(models_of_tests: Modul
     merging.save_pretrained(folder)
     assert 257 in merging("Name it:\ntiny")["input_ids"]
     task = Task(str(folder), "", QUICK, "before", "", "", digest_of_pairs(pairs()), 1, 1, {})
-    trainer = build_trainer(task, pairs(), tmp_path / "work", ExitStack())
+    trainer = build_trainer(task, pairs(), tmp_path / "work", contextlib.ExitStack())
     row = trainer.train_dataset[0]
     assert set(row) == {"prompt_ids", "chosen_ids", "rejected_ids"}
     assert merging.convert_ids_to_tokens(row["prompt_ids"])[-1] == "Ċ"
@@ -212,6 +213,28 @@ def test_of_processes_that_train_together_progress_alone_is_shown(
     assert capsys.readouterr().err.splitlines() == lines
 
 
+def test_an_interruption_lets_what_was_started_end_its_own_processes(tmp_path: Path) -> None:
+    script = (
+        "import signal, sys, time\n"
+        "def end(*_):\n"
+        "    open(sys.argv[1], 'w').write('ended')\n"
+        "    sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "print('preferences: 1/9', file=sys.stderr, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+
+    class Interrupting(io.StringIO):
+        """Where progress is written: somebody presses Ctrl-C when there is some."""
+
+        def write(self, text: str) -> int:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), contextlib.redirect_stderr(Interrupting()):
+        watched([sys.executable, "-c", script, str(tmp_path / "ended")], os.environ)
+    assert (tmp_path / "ended").read_text() == "ended"
+
+
 def test_of_checkpoints_the_newest_whole_one_is_kept(models_of_tests: ModuleType, tmp_path: Path) -> None:
     for step in (2, 9, 10, 11):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -220,7 +243,7 @@ def test_of_checkpoints_the_newest_whole_one_is_kept(models_of_tests: ModuleType
     folder = models_of_tests.word_model(tmp_path / "model", ["Name it: tiny huge"])
     settings = msgspec.structs.replace(QUICK, steps=30)
     task = Task(str(folder), "", settings, "before", "", "", digest_of_pairs(pairs()), 1, 1, {})
-    with ExitStack() as shown, without_renamed():
+    with contextlib.ExitStack() as shown, without_renamed():
         build_trainer(task, pairs(), tmp_path / "work", shown).train()
     assert [path.name for path in (tmp_path / "work").glob("checkpoint-*")] == ["checkpoint-30"]
     assert (tmp_path / "work" / "checkpoint-30" / "whole").is_file()
