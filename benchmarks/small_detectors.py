@@ -73,7 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
             folder = options.work / name / f"seed-{seed}"
             for method in options.method or METHODS:
                 for which in sets:
-                    path = folder / f"{method}-{which}.json"
+                    source = f"-{_source(options)}" if method == "efficientad" else ""
+                    path = folder / f"{method}{source}-{which}.json"
                     if not path.exists():
                         note(f"{data.name}, seed {seed}: {method}, {which}")
                         cell = _cell(data, folder, method, which, seed, options)
@@ -135,10 +136,17 @@ def _cell(data: Path, folder: Path, method: str, which: str, seed: int, options:
 
 
 def _some_pictures(folder: Path) -> tuple[Path, ...]:
-    """Up to `GENERIC` pictures in a folder of folders, of all of them alike."""
-    there = [path for inner in sorted({*folder.iterdir(), folder}) if inner.is_dir() for path in list_images(inner)]
-    order = np.random.default_rng(0).permutation(len(there))[:GENERIC]
-    return tuple(there[place] for place in sorted(order.tolist()))
+    """Up to `GENERIC` pictures below a folder, drawn from all."""
+    there = list_images(folder)
+    if len(there) <= 2 * _HELD:
+        raise SystemExit(f"--generic: wanted more than {2 * _HELD} pictures in {folder}, got {len(there)}")
+    # In random order, since the first ones are held out.
+    return tuple(there[place] for place in np.random.default_rng(0).permutation(len(there))[:GENERIC].tolist())
+
+
+def _source(options: argparse.Namespace) -> str:
+    """Of generic pictures, for names."""
+    return "painted" if options.generic is None else str(options.generic.resolve().name)
 
 
 def _teacher(generic: tuple[Path, ...] | None, options: argparse.Namespace) -> Path:
@@ -148,7 +156,7 @@ def _teacher(generic: tuple[Path, ...] | None, options: argparse.Namespace) -> P
     from edgead.server_side.detectors.efficientad_teacher_file import write_teacher
     from edgead.server_side.detectors.trained import TrainedOptions
 
-    path: Path = options.work / f"efficientad-{options.size}-{'painted' if generic is None else 'pictures'}.teacher"
+    path: Path = options.work / f"efficientad-{options.size}-{_source(options)}.teacher"
     if path.exists():
         return path
     size = Preprocessing(options.size, options.size)

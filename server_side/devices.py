@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import platform
 import re
 from collections.abc import Iterator
 from itertools import chain
@@ -63,7 +64,9 @@ def knows_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         # Compute capability 8.0 on: before it, bfloat16 is imitated too.
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return bool(torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -70,7 +70,7 @@ def fit(normal: Path | None, output: Path, force: bool, as_json: bool, **words: 
     click.echo(f"  images      {card['images']['all']}{f', {left_out} unreadable left out' * bool(left_out)}")
     anomalies = card.get("data", {}).get("anomalies", 0)
     if anomalies:
-        click.echo(f"  anomalies   {anomalies}, {card['data']['anomalies_with_masks']} with masks")
+        click.echo(f"  anomalies   {anomalies} frames, {card['data']['anomalies_with_masks']} with masks")
     for port in detector.spec.knowledge:
         if port.rows is not None:
             rows, dimensions = detector.pack.arrays[port.name].shape

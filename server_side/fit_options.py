@@ -131,13 +131,14 @@ def fit_options(command: Command) -> Command:
         click.option(
             "--precision",
             type=click.Choice(["float32", "bfloat16"]),
-            help="efficientad: of its training; bfloat16 takes half the time on processors and GPUs that know it.",
+            help="efficientad: of its training; bfloat16 takes half the time on processors and GPUs that know it, "
+            "and is refused on others.",
         ),
         click.option(
             "--start",
             type=click.Choice(["closed", "random"]),
-            help="efficientad: where training begins: closed forms that describe the part in a minute (the default), "
-            "or random weights as in the paper, which want its 70,000 --steps.",
+            help="efficientad: where its student begins: with closed forms that describe the part in a minute (the "
+            "default), or with random weights as in the paper, which want its 70,000 --steps and a GPU.",
         ),
         click.option(
             "--model",

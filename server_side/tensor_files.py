@@ -89,7 +89,8 @@ def read_checkpoint(path: Path, kind: str, within: str | None = None) -> dict[st
 
 
 def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    words = f"no {error}" if isinstance(error, KeyError) else str(error)
+    return (words.strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 __all__ = ["ForeignFileError", "read_checkpoint", "read_tensors", "write_tensors"]

@@ -92,7 +92,7 @@ def test_what_is_printed_says_how_many_anomalies_were_learned_from(
     words = [*TRAINED, "--steps", 2, "--normal", painted_normals, "-o", tmp_path / "x.detector"]
     code, out, error = run(capsys, *words, "--anomalous", anomalies)
     assert code == 0, error
-    assert "  images      12\n  anomalies   4, 4 with masks\n" in out
+    assert "  images      12\n  anomalies   4 frames, 4 with masks\n" in out
     code, out, error = run(capsys, *words, "--force")
     assert code == 0, error
     assert "  anomalies " not in out

@@ -20,7 +20,7 @@ import scipy.linalg
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from edgead.runtime.progress import Progress
 from edgead.server_side.detectors.efficientad_crops import (
@@ -36,7 +36,9 @@ from edgead.server_side.detectors.training import batch_of, generator
 from edgead.server_side.devices import device_of
 
 CROPS = 160
-"""Crops that a closed form looks at, some of the same frame where there are fewer frames."""
+"""Crops that a closed form looks at; where there are fewer frames, up to four of each."""
+_TOGETHER = 8
+"""Crops whose patches are multiplied in one product."""
 _CELLS = 300
 """Patches of each crop."""
 _WHITENED = 1e-2
@@ -66,18 +68,19 @@ class Example:
     weight: float = 1.0
 
 
-def crops_of(frames: NDArray[np.uint8], seed: int, count: int = CROPS) -> Iterator[tuple[int, Place]]:
-    """Frames and places of random crops, each frame as often as any other.
+def crops_of(frames: NDArray[np.uint8], seed: int, count: int = CROPS) -> list[tuple[int, Place]]:
+    """Frames and places of random crops; no frame comes a second time before all have come.
 
     Args:
-        frames: uint8 [N, H, W, 3].
+        frames: uint8 [N, H, W, 3], possibly none.
         seed: decides.
         count: of the crops, at most four of a frame.
     """
+    if not len(frames):
+        return []
     drawn = generator(seed, 0)
-    count = min(count, 4 * len(frames)) if len(frames) else 0
-    for frame in batch_of(max(len(frames), 1), count, seed, 0).tolist():
-        yield frame, crop_place(frames.shape[1:3], drawn)
+    chosen = batch_of(len(frames), min(count, 4 * len(frames)), seed, 0)
+    return [(frame, crop_place(frames.shape[1:3], drawn)) for frame in chosen.tolist()]
 
 
 def component_filters(network: PatchDescription, frames: NDArray[np.uint8], seed: int = 0, label: str = "") -> None:
@@ -85,31 +88,39 @@ def component_filters(network: PatchDescription, frames: NDArray[np.uint8], seed
 
     Args:
         network: changed in place, where it is.
-        frames: uint8 [N, H, W, 3].
+        frames: uint8 [N, H, W, 3], one at least.
         seed: of crops and patches, and of the mixtures that fill a layer with more filters than components.
         label: for the progress line.
     """
     drawn = generator(seed, 1)
     layers = (network.first, network.second, network.third)
-    with torch.inference_mode(), Progress(f"{label}filters", CROPS * len(layers)) as progress:
+    crops = crops_of(frames, seed)
+    with torch.inference_mode(), Progress(f"{label}filters", len(crops) * len(layers)) as progress:
         for depth, layer in enumerate(layers):
-            count, total, squares = 0, torch.zeros(()), torch.zeros(())
-            for frame, place in crops_of(frames, seed):
-                hidden = _hidden(network, cropped(frames[frame : frame + 1], place), depth)
-                found = _patches(hidden, layer.kernel_size[0])
-                found = found[_some(len(found), drawn)].cpu()
+            count, shift = 0, torch.zeros(())
+            total = squares = torch.zeros((), dtype=torch.float64)
+            for at in range(0, len(crops), _TOGETHER):
+                some = crops[at : at + _TOGETHER]
+                pixels = np.concatenate([cropped(frames[frame : frame + 1], place) for frame, place in some])
+                patches = _patches(_hidden(network, pixels, depth), layer.kernel_size[0]).cpu()
+                found = torch.cat([each[_some(len(each), drawn)] for each in patches])
+                # Away from their mean, squares in float32 would drown what differs between patches of an even part.
+                shift = found.mean(0) if count == 0 else shift
+                found = found - shift
                 count += len(found)
                 total = total + found.sum(0).double()
-                squares = squares + found.T @ found
-                progress.advance()
+                squares = squares + (found.T @ found).double()
+                progress.advance(len(some))
             mean = total / count
-            filters = _filters(squares.double() / count - torch.outer(mean, mean), layer.out_channels, drawn)
+            filters = _filters(squares / count - torch.outer(mean, mean), layer.out_channels, drawn)
             assert layer.bias is not None
             layer.weight.copy_(filters.reshape(layer.weight.shape))
-            layer.bias.copy_(-(filters @ mean.float()))
+            layer.bias.copy_(-(filters @ (mean.float() + shift)))
 
 
-def read_out(network: PatchDescription, examples: Iterable[Example], channels: int, seed: int = 0) -> None:
+def read_out(
+    network: PatchDescription, examples: Iterable[Example], channels: int, seed: int = 0, label: str = ""
+) -> None:
     """Make the last convolution the ridge regression of what is to be said; outputs from `channels` on say 0.
 
     Args:
@@ -117,23 +128,39 @@ def read_out(network: PatchDescription, examples: Iterable[Example], channels: i
         examples: one at least that says something.
         channels: that are said.
         seed: of the cells.
+        label: for the progress line.
     """
     layer = network.last
     inputs = layer.weight[0].numel() + 1
     drawn = generator(seed, 2)
     gram, against, count = torch.zeros(inputs, inputs), torch.zeros(inputs, channels), 0.0
-    with torch.inference_mode():
+    rows: list[Tensor] = []
+    wanted: list[Tensor] = []
+
+    def add() -> None:
+        # Some at a time: each product goes through a matrix of 67 MB.
+        if rows:
+            together = torch.cat(rows)
+            gram.addmm_(together.T, together)
+            against.addmm_(together.T, torch.cat(wanted))
+        rows.clear()
+        wanted.clear()
+
+    with torch.inference_mode(), Progress(f"{label}last layer") as progress:
         for example in examples:
-            patches = _patches(_hidden(network, example.crop, 3), layer.kernel_size[0]).cpu()
+            patches = _patches(_hidden(network, example.crop, 3), layer.kernel_size[0])[0].cpu()
             said = torch.zeros(len(patches), channels) if example.said is None else example.said.flatten(1).T.cpu()
             if example.where is not None:
                 counted = example.where.flatten().cpu()
                 patches, said = patches[counted], said[counted]
-            chosen = _some(len(patches), drawn)
-            rows = torch.cat([patches[chosen], torch.ones(len(chosen), 1)], 1)
-            gram.addmm_(rows.T, rows, alpha=example.weight)
-            against.addmm_(rows.T, said[chosen], alpha=example.weight)
+            chosen, root = _some(len(patches), drawn), example.weight**0.5
+            rows.append(torch.cat([patches[chosen], torch.ones(len(chosen), 1)], 1) * root)
+            wanted.append(said[chosen] * root)
             count += example.weight * len(chosen)
+            if len(rows) == _TOGETHER:
+                add()
+            progress.advance()
+        add()
         matrix = gram.double() / count
         # The constant is not shrunk, but for what keeps the matrix invertible.
         matrix.diagonal()[:-1] += RIDGE * matrix.diagonal()[:-1].mean()
@@ -169,7 +196,7 @@ def foreign_examples(
     Args:
         generic: uint8 [G, H, W, 3], possibly none.
         anomalies: uint8 [M, H, W, 3], possibly none.
-        marked: bool [M, h, w], cells of the anomalies, one at least in each.
+        marked: bool [M, h, w], cells of the anomalies, one at least in each, as `place_around` wants it.
         seed: of crops.
     """
     for frame, place in crops_of(generic, seed, CROPS // 2):
@@ -190,8 +217,8 @@ def _hidden(network: PatchDescription, crop: NDArray[np.uint8], depth: int) -> T
 
 
 def _patches(hidden: Tensor, side: int) -> Tensor:
-    """[1, C, h, w] -> one row for each place of a kernel, [n, C side side], in the order of a convolution's weights."""
-    return F.unfold(hidden, side)[0].T
+    """[B, C, h, w] -> rows for the places of a kernel, [B, n, C side side], in the order of a convolution's weights."""
+    return F.unfold(hidden, side).transpose(1, 2)
 
 
 def _some(count: int, drawn: torch.Generator) -> Tensor:
@@ -209,7 +236,7 @@ def _filters(covariance: Tensor, outputs: int, drawn: torch.Generator) -> Tensor
     scale = (largest + _WHITENED * largest.mean()).sqrt().clamp_min(1e-6)
     white = (torch.from_numpy(vectors[:, ::-1].copy()) / scale).T
     mixed = torch.randn(outputs - 2 * half, half, generator=drawn, dtype=white.dtype)
-    mixed = nn.functional.normalize(mixed, dim=1)
+    mixed = F.normalize(mixed, dim=1)
     return torch.cat([white, -white, mixed @ white]).float()
 
 

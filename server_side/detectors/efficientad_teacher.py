@@ -30,7 +30,7 @@ from edgead.runtime.spec import Preprocessing
 from edgead.server_side.backbones import Backbone
 from edgead.server_side.detectors.efficientad_crops import Place, crop_place, cropped, normalised, of_crop
 from edgead.server_side.detectors.efficientad_networks import BORDER, CELL, CHANNELS, PatchDescription
-from edgead.server_side.detectors.efficientad_start import component_filters, normal_examples, read_out
+from edgead.server_side.detectors.efficientad_start import CROPS, component_filters, normal_examples, read_out
 from edgead.server_side.detectors.training import History, Schedule, batch_of, generator, train
 from edgead.server_side.devices import CPU, computing_on, device_of, placed
 from edgead.server_side.painting_parts import MATERIALS, paint_part, smooth_noise
@@ -41,6 +41,8 @@ GENERIC = 48
 STEPS = 200
 LEARNING_RATE = 1e-4
 """The paper's. At 1e-3 all of a teacher's ReLUs die within 50 steps on photographs."""
+_OTHER_CROPS = 77
+"""Added to the seed, so that teacher and student do not begin from the same patches."""
 _VALIDATED = 4
 _STANDARDISED = 48
 """Normals that the teacher is standardised over: 150,000 cells at 256 pixels."""
@@ -151,16 +153,26 @@ class TeacherTask:
         some = np.concatenate([frames[:: max(1, len(frames) // 8)][:8], generic[:4]])
         with computing_on(device):
             seen = torch.stack([_moments(described(backbone, frame[None])) for frame in some])
-        self._mean = seen[:, 0].mean(0)
-        self._std = (seen[:, 1].mean(0) - self._mean.square()).clamp_min(_STD_FLOOR**2).sqrt()
+        mean = seen[:, 0].mean(0)
+        self._mean = mean.float()
+        self._std = (seen[:, 1].mean(0) - mean.square()).clamp_min(_STD_FLOOR**2).sqrt().float()
         self._held = [stop[place] for place in range(0, len(stop), max(1, len(stop) // _VALIDATED))][:_VALIDATED]
 
     def start(self) -> None:
-        """Begin with closed forms instead of random weights, see `efficientad_start`."""
-        frames = np.concatenate([self._frames, self._generic])
+        """Begin with closed forms instead of random weights, see `efficientad_start`.
+
+        They rest on generic pictures as much as on normals: filters of normals alone would be the student's.
+        """
+        half = CROPS // 2
+        some = [
+            each[batch_of(len(each), min(half, len(each)), self._seed, 0)]
+            for each in (self._frames, self._generic)
+            if len(each)
+        ]
+        frames, seed = np.concatenate(some), self._seed + _OTHER_CROPS
         with computing_on(self._device):
-            component_filters(self.module, frames, self._seed, "teacher: ")
-            read_out(self.module, normal_examples(frames, self._wanted, self._seed), CHANNELS, self._seed)
+            component_filters(self.module, frames, seed, "teacher: ")
+            read_out(self.module, normal_examples(frames, self._wanted, seed), CHANNELS, seed, "teacher: ")
 
     def step(self, number: int) -> dict[str, float]:
         """One step of Adam on a crop of one frame."""
@@ -192,6 +204,7 @@ class TeacherTask:
 
 def _moments(maps: Tensor) -> Tensor:
     """Mean and mean square by channel, [2, C]."""
+    maps = maps.double()
     return torch.stack([maps.mean((0, 2, 3)), maps.square().mean((0, 2, 3))])
 
 
@@ -231,7 +244,7 @@ def distil_teacher(
     task = TeacherTask(backbone, frames, generic, stop, steps=steps, seed=seed, identity=identity, device=device)
     if closed and (checkpoint is None or not checkpoint.is_file()):
         task.start()
-    schedule = Schedule(steps, validate_every=max(1, steps // 4), patience=0)
+    schedule = Schedule(steps, validate_every=max(1, steps // 4), patience=0, from_start=closed)
     history = train(task, schedule, label="distilling the teacher", checkpoint=checkpoint)
     backbone.to(home)
     return task.module.cpu().requires_grad_(False), history
@@ -260,7 +273,7 @@ def standardise(teacher: PatchDescription, frames: NDArray[np.uint8], device: to
             next_step="Name another --teacher, or a --generic folder with pictures of more kinds.",
         )
     std = variance.clamp_min(_STD_FLOOR**2).sqrt()
-    teacher.normalise(seen[0].clone(), std.clone())
+    teacher.normalise(seen[0].float(), std.float())
 
 
 __all__ = [

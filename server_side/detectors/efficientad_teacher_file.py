@@ -18,7 +18,7 @@ from edgead.runtime.errors import BackboneError
 from edgead.server_side.detectors.efficientad_networks import PatchDescription
 from edgead.server_side.tensor_files import ForeignFileError, read_checkpoint, read_tensors, write_tensors
 
-SCHEMA = "1"
+SCHEMA = "2"
 _KIND = "teacher"
 _LAYERS = ("first", "second", "third", "last")
 _PUBLISHED = (("conv1", "conv2", "conv3", "conv4"), ("0", "3", "6", "8"))

@@ -101,7 +101,7 @@ class EfficientAdTask:
         anomalies: to penalise where their masks are, possibly none.
         stop: uint8 [V, H, W, 3] of held-out normals.
         steps: of the whole training.
-        learning_rate: of Adam.
+        learning_rate: of Adam for the student; the autoencoder's is `AUTOENCODER_RATE` times as high.
         seed: of frames, crops, changes and dropout.
         precision: 'float32', or 'bfloat16' for the networks' passes in a step; losses, the optimizer and everything
             that is kept are float32 either way.
@@ -127,9 +127,10 @@ class EfficientAdTask:
         self.module = networks.to(device)
         self._device, self._half = device, precision == "bfloat16"
         self._frames, self._generic = frames, generic
-        marked = np.flatnonzero(anomalies.known & anomalies.masks.any((1, 2)))
-        self._anomalies = anomalies.part(marked)
-        self._cells = reached(self._anomalies.masks)
+        # A mask at the very rim lies in the middle of no cell's field.
+        marked = reached(anomalies.masks)
+        some = np.flatnonzero(anomalies.known & marked.flatten(1).any(1).numpy())
+        self._anomalies, self._cells = anomalies.part(some), marked[some]
         self._held = [stop[place] for place in range(0, len(stop), max(1, len(stop) // _VALIDATED))][:_VALIDATED]
         self._steps, self._rate, self._seed = steps, learning_rate, seed
         self._optimizer = torch.optim.Adam(
@@ -150,7 +151,7 @@ class EfficientAdTask:
     def start(self) -> None:
         """Begin with closed forms instead of random weights, see `efficientad_start`.
 
-        What imitates the autoencoder begins with what an autoencoder begins with: the mean, which is 0.
+        The half that imitates the autoencoder begins at 0, the mean of what a teacher says.
         """
         student, teacher = self.module.student, self.module.teacher
 
@@ -162,7 +163,7 @@ class EfficientAdTask:
         examples = itertools.chain(normal_examples(self._frames, taught, self._seed), foreign)
         with computing_on(self._device):
             component_filters(student, self._frames, self._seed, "student: ")
-            read_out(student, examples, CHANNELS, self._seed)
+            read_out(student, examples, CHANNELS, self._seed, "student: ")
 
     def step(self, number: int) -> dict[str, float]:
         """L_hard, the penalty, L_AE and L_STAE on one normal."""

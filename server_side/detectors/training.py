@@ -67,12 +67,14 @@ class Schedule:
         validate_every: steps between validations.
         patience: validations without a better loss after which training ends; 0 for never.
         least_gain: share by which a loss has to be lower to be better.
+        from_start: whether what training begins with may be what is kept.
     """
 
     steps: int
     validate_every: int = 100
     patience: int = 5
     least_gain: float = 1e-3
+    from_start: bool = False
 
 
 @dataclass
@@ -158,6 +160,8 @@ def train(task: Task, schedule: Schedule, *, label: str, checkpoint: Path | None
         Progress(label, schedule.steps) as progress,
     ):
         progress.advance(history.steps)
+        if schedule.from_start and not history.validations:
+            best = _validated(task, schedule, history, best, recent)
         while history.steps < schedule.steps and not history.stopped:
             task.module.train()
             losses = task.step(history.steps)

@@ -64,11 +64,10 @@ def _unchanged(work: WorkFolder, records: Iterable[Normal]) -> None:
     changed = []
     for record in records:
         path = work.normals / record.file
-        if not path.is_file():
-            changed.append(f"{record.file} is gone")
-            continue
         with storage_errors(path, "to read a photograph"):
-            if hashlib.sha256(path.read_bytes()).hexdigest() != record.sha256:
+            if not path.is_file():
+                changed.append(f"{record.file} is gone")
+            elif hashlib.sha256(path.read_bytes()).hexdigest() != record.sha256:
                 changed.append(f"{record.file} is another picture")
     if changed:
         raise _others(work, changed)

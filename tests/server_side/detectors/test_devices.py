@@ -24,6 +24,8 @@ from edgead.server_side.backbones import load_backbone
 from edgead.server_side.detectors import deep_sad, padim, recontrast, simplenet, ssd
 from edgead.server_side.detectors.cmda import CmdaExtras, CmdaTask
 from edgead.server_side.detectors.deep_sad import SphereTask
+from edgead.server_side.detectors.efficientad_teacher import distil_teacher, standardise
+from edgead.server_side.detectors.efficientad_training import EfficientAdNetworks, EfficientAdTask
 from edgead.server_side.detectors.frozen_maps import maps_of
 from edgead.server_side.detectors.masked_cells import ANOMALOUS, NORMAL, UNKNOWN
 from edgead.server_side.detectors.memory_bank import MemoryBankTrunk, patch_grid
@@ -32,7 +34,7 @@ from edgead.server_side.detectors.recontrast_network import ReContrastNetwork
 from edgead.server_side.detectors.simplenet import PatchSet, SimpleNetTask, patches_of
 from edgead.server_side.detectors.trained import Anomalies, TrainedOptions
 from edgead.server_side.detectors.training import Schedule, Task, train
-from edgead.server_side.devices import CPU, computing_on, device_of, placed, torch_device
+from edgead.server_side.devices import CPU, computing_on, device_of, knows_bfloat16, placed, torch_device
 from edgead.server_side.distil import StudentTask
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -210,6 +212,34 @@ def test_a_training_that_was_interrupted_goes_on_elsewhere(
         train(resumed, schedule, label="test", checkpoint=kept)
         resumed.module.to(CPU)
     assert weights_digest(resumed.module) == weights_digest(whole.module)
+
+
+def test_efficientad_begins_and_trains_on_its_device_as_on_the_cpu(other_device: ModuleType) -> None:
+    masks = np.zeros((2, 64, 64), np.bool_)
+    masks[:, 20:40, 20:40] = True
+    anomalies = Anomalies(frames(2, 1), masks, np.ones(2, np.bool_))
+
+    def trained(device: torch.device) -> tuple[str, str]:
+        teacher, _ = distil_teacher(
+            load_backbone("random"), frames(3, 0), frames(2, 4), frames(1, 2), steps=1, device=device
+        )
+        assert device_of(teacher) == CPU
+        networks = EfficientAdNetworks((64, 64))
+        networks.teacher.load_state_dict(teacher.state_dict())
+        standardise(networks.teacher, frames(3, 0), device)
+        task = EfficientAdTask(networks, frames(3, 0), frames(2, 4), anomalies, frames(1, 2), steps=2, device=device)
+        task.start()
+        train(task, Schedule(2, from_start=True), label="test")
+        assert {each.device for each in networks.state_dict().values()} == {device}
+        return weights_digest(teacher).hex(), weights_digest(networks.to(CPU)).hex()
+
+    here = trained(CPU)
+    with other_device.OtherDevice():
+        assert trained(other_device.DEVICE) == here
+
+
+def test_every_device_says_whether_it_computes_in_bfloat16() -> None:
+    assert knows_bfloat16(CPU) in (True, False)
 
 
 def test_photographs_are_embedded_on_the_device_and_the_backbone_comes_back(other_device: ModuleType) -> None:

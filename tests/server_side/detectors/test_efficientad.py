@@ -44,6 +44,7 @@ from edgead.server_side.detectors.efficientad_teacher import (
     generic_frames,
     standardise,
 )
+from edgead.server_side.detectors.efficientad_teacher_file import write_teacher
 from edgead.server_side.detectors.efficientad_training import (
     EfficientAdNetworks,
     EfficientAdTask,
@@ -56,7 +57,6 @@ from edgead.server_side.painting import paint_defect
 
 SIDE = 64
 OPTIONS = TrainedOptions(preprocessing=Preprocessing(SIDE, SIDE), steps=4)
-EXTRAS = EfficientAdExtras(teacher_steps=3, start="random")
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +74,22 @@ def anomalies(painted_normals: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="module")
-def learned(painted_normals: Path, anomalies: Samples) -> Learned:
-    return learn(list_images(painted_normals), OPTIONS, anomalies, extras=EXTRAS)
+def quick(tmp_path_factory: pytest.TempPathFactory) -> EfficientAdExtras:
+    """Without the seconds that closed forms take."""
+    path = tmp_path_factory.mktemp("teacher") / "random.teacher"
+    write_teacher(path, PatchDescription(seed=5), {"unexplained": 1.0})
+    return EfficientAdExtras(teacher=path, start="random")
+
+
+@pytest.fixture(scope="module")
+def extras(painted_normals: Path) -> EfficientAdExtras:
+    """As it comes, but for few generic pictures and few steps."""
+    return EfficientAdExtras(penalty=tuple(list_images(painted_normals)[:2]), teacher_steps=3)
+
+
+@pytest.fixture(scope="module")
+def learned(painted_normals: Path, anomalies: Samples, extras: EfficientAdExtras) -> Learned:
+    return learn(list_images(painted_normals), OPTIONS, anomalies, extras=extras)
 
 
 def descriptions(seed: int, *shape: int) -> NDArray[np.float64]:
@@ -291,12 +305,45 @@ def test_anomalies_are_penalised_every_second_step_and_without_generic_pictures_
     assert bare.step(0)["penalty"] == 0.0, "an anomaly without a mask teaches nothing"
 
 
+def test_a_mask_that_only_the_rim_shows_teaches_nothing_and_breaks_nothing() -> None:
+    masks = np.zeros((2, SIDE, SIDE), bool)
+    masks[0, :4], masks[1, 30:40, 30:40] = True, True
+    rim = EfficientAdTask(
+        EfficientAdNetworks((SIDE, SIDE)),
+        Frames.normal,
+        Frames.normal[:0],
+        Anomalies(Frames.generic, masks, np.ones(2, bool)),
+        Frames.normal,
+    )
+    assert all(rim.step(number)["penalty"] > 0 for number in range(3))
+
+
+def test_a_student_begins_by_saying_little_of_what_is_no_normal() -> None:
+    masks = np.zeros((2, SIDE, SIDE), bool)
+    masks[:, 24:40, 24:40] = True
+    said = {}
+    for known in (True, False):
+        begun = EfficientAdTask(
+            EfficientAdNetworks((SIDE, SIDE)),
+            Frames.normal,
+            Frames.normal[:0],
+            Anomalies(Frames.generic, masks, np.full(2, known)),
+            Frames.normal,
+        )
+        standardise(begun.module.teacher, Frames.normal)
+        begun.start()
+        with torch.inference_mode():
+            found = begun.module.student(normalised(Frames.generic))[:, :384].square().mean(1)
+        said[known] = float(found[reached(masks)].mean())
+    assert said[True] < 0.8 * said[False]
+
+
 def test_a_fit_that_is_interrupted_anywhere_and_continued_gives_the_same_detector(
-    painted_normals: Path, anomalies: Samples, learned: Learned, tmp_path: Path
+    painted_normals: Path, anomalies: Samples, extras: EfficientAdExtras, learned: Learned, tmp_path: Path
 ) -> None:
     checkpoint = tmp_path / "fit.training"
     paths = list_images(painted_normals)
-    # Twice as fast as the whole fit, so that some starts are cut off in the teacher and some in the student.
+    # Faster than the whole fit, so that starts are cut off in different places.
     before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
     found, starts, seconds = None, 0, 0.4
     try:
@@ -304,7 +351,7 @@ def test_a_fit_that_is_interrupted_anywhere_and_continued_gives_the_same_detecto
             starts += 1
             signal.setitimer(signal.ITIMER_REAL, seconds if starts < 4 else 0.0)
             try:
-                found = learn(paths, OPTIONS, anomalies, extras=EXTRAS, checkpoint=checkpoint)
+                found = learn(paths, OPTIONS, anomalies, extras=extras, checkpoint=checkpoint)
             except KeyboardInterrupt:
                 seconds *= 2
             finally:
@@ -318,18 +365,21 @@ def test_a_fit_that_is_interrupted_anywhere_and_continued_gives_the_same_detecto
     assert not (tmp_path / "fit.training.teacher").exists()
 
 
-def test_the_card_says_what_is_not_the_paper_s(learned: Learned, painted_normals: Path) -> None:
+def test_the_card_says_what_is_not_the_paper_s(
+    learned: Learned, painted_normals: Path, quick: EfficientAdExtras
+) -> None:
     assert learned.card["paper_steps"] == 70_000
     assert learned.card["training"]["steps"] == 4
-    assert learned.card["penalty"] == {"pictures": 48, "kind": "painted"}
+    assert learned.card["start"] == "closed"
+    assert learned.card["penalty"] == {"pictures": 2, "kind": "own pictures"}
     assert learned.card["data"]["anomalies_with_masks"] == 3
     paths = list_images(painted_normals)
-    quick = TrainedOptions(preprocessing=Preprocessing(SIDE, SIDE), steps=1)
-    without = learn(paths[:2], quick, extras=dataclasses.replace(EXTRAS, penalty=()))
+    one = TrainedOptions(preprocessing=Preprocessing(SIDE, SIDE), steps=1)
+    without = learn(paths[:2], one, extras=dataclasses.replace(quick, penalty=()))
+    assert without.card["start"] == "random"
     assert without.card["penalty"] == {"pictures": 0, "kind": "left out"}
     assert "set by hand" in without.card["calibration"]
-    own = learn(paths[:4], quick, extras=dataclasses.replace(EXTRAS, penalty=tuple(paths[:2])))
-    assert own.card["penalty"] == {"pictures": 2, "kind": "own pictures"}
+    assert learn(paths[:4], one, extras=quick).card["penalty"] == {"pictures": 48, "kind": "painted"}
 
 
 @pytest.mark.parametrize("side", [32, 72])

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from edgead.runtime.image import list_images
+from edgead.runtime.image import encode_png, list_images, read_image
 from edgead.runtime.spec import Preprocessing
 from edgead.server_side.detectors.efficientad import EfficientAdExtras, learn
 from edgead.server_side.detectors.efficientad_crops import crop_place, normalised, of_crop, place_around
@@ -58,12 +60,14 @@ def test_first_filters_are_components_and_their_negatives_of_unit_variance(start
 
 
 def test_deeper_filters_see_what_the_ones_before_give(started: PatchDescription) -> None:
-    for layer, half in ((started.second, 128), (started.third, 128)):
+    for layer, before, half in ((started.second, 128, 128), (started.third, 256, 128)):
+        assert layer.in_channels == before
         assert torch.equal(layer.weight[:half], -layer.weight[half : 2 * half])
         assert bool(torch.isfinite(layer.weight).all())
-    again = PatchDescription(6, seed=5)
-    component_filters(again, FRAMES, seed=1)
-    assert torch.equal(again.third.weight, started.third.weight), "they depend on the frames and the seed alone"
+    with torch.inference_mode():
+        hidden = F.avg_pool2d(F.relu(started.first(normalised(FRAMES))), 2)
+        seen = started.second(hidden)[:, :4].transpose(0, 1).flatten(1)
+    assert seen.std(1).tolist() == pytest.approx([1.0] * 4, abs=0.25), "whitened"
 
 
 def test_the_last_layer_is_the_ridge_regression(started: PatchDescription) -> None:
@@ -75,6 +79,7 @@ def test_the_last_layer_is_the_ridge_regression(started: PatchDescription) -> No
         *(Example(FRAMES[place : place + 1], each) for place, each in enumerate(said)),
         Example(FRAMES[5:6], None, where, weight=0.5),
     ]
+    started = copy.deepcopy(started)
     read_out(started, iter(examples), 4)
     with torch.inference_mode():
         found = started(normalised(FRAMES[:6]))
@@ -123,13 +128,23 @@ def test_foreign_examples_are_generic_crops_and_marked_cells() -> None:
     assert crop_place((SIDE, SIDE), generator(0, 1), 40)[2:] == (40, 40)
 
 
-def test_a_student_that_begins_with_closed_forms_knows_its_teacher(painted_normals: Path, tmp_path: Path) -> None:
+def test_a_student_that_begins_with_closed_forms_knows_its_teacher_on_normals_alone(
+    painted_normals: Path, tmp_path: Path
+) -> None:
     paths = list_images(painted_normals)
     options = TrainedOptions(preprocessing=Preprocessing(SIDE, SIDE), steps=1)
-    extras = EfficientAdExtras(penalty=(), teacher=tmp_path / "x.teacher", teacher_steps=1)
+    for number in (0, 3, 6):
+        (tmp_path / f"{number}.png").write_bytes(encode_png(FRAMES[number]))
+    extras = EfficientAdExtras(tuple(list_images(tmp_path)), tmp_path / "x.teacher", teacher_steps=1)
     closed = learn(paths, options, extras=extras)
     random = learn(paths, options, extras=dataclasses.replace(extras, start="random"))
     assert (closed.card["start"], random.card["start"]) == ("closed", "random")
     assert closed.card["teacher"] == random.card["teacher"]
-    assert closed.card["teacher"]["unexplained"] < 0.9
     assert closed.card["student_unlearned"] < 0.6 * random.card["student_unlearned"]
+    foreign = FRAMES[1::3]
+    with torch.inference_mode():
+        own, other = (
+            float(closed.trunk(torch.from_numpy(frames))[0].mean())
+            for frames in (np.stack([cv2.resize(read_image(path), (SIDE, SIDE)) for path in paths]), foreign)
+        )
+    assert other > 2.0 * own
