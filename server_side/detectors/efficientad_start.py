@@ -95,7 +95,7 @@ def component_filters(network: PatchDescription, frames: NDArray[np.uint8], seed
     drawn = generator(seed, 1)
     layers = (network.first, network.second, network.third)
     crops = crops_of(frames, seed)
-    with torch.inference_mode(), Progress(f"{label}filters", len(crops) * len(layers)) as progress:
+    with torch.no_grad(), Progress(f"{label}filters", len(crops) * len(layers)) as progress:
         for depth, layer in enumerate(layers):
             count, shift = 0, torch.zeros(())
             total = squares = torch.zeros((), dtype=torch.float64)
@@ -146,7 +146,7 @@ def read_out(
         rows.clear()
         wanted.clear()
 
-    with torch.inference_mode(), Progress(f"{label}last layer") as progress:
+    with torch.no_grad(), Progress(f"{label}last layer") as progress:
         for example in examples:
             patches = _patches(_hidden(network, example.crop, 3), layer.kernel_size[0])[0].cpu()
             said = torch.zeros(len(patches), channels) if example.said is None else example.said.flatten(1).T.cpu()

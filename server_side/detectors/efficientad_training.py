@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from typing import Any
 
@@ -192,7 +193,7 @@ class EfficientAdTask:
 
     def _passed(self, network: nn.Module, pixels: Tensor, *more: Any) -> Tensor:
         """What a network makes of pixels [B, 3, H, W], in the precision of the training: float32."""
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):
+        with torch.autocast(self._device.type, torch.bfloat16) if self._half else contextlib.nullcontext():
             found: Tensor = network(pixels.to(self._device), *more)
         return found.float()
 
