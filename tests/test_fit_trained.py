@@ -16,6 +16,7 @@ from edgead.cli import main
 from edgead.detector_file import read_detector
 from edgead.runtime.image import encode_png, list_images, read_image
 from edgead.server_side.detectors.efficientad_networks import PatchDescription
+from edgead.server_side.devices import knows_bfloat16, torch_device
 from edgead.server_side.painting import paint_defect
 
 TRAINED = ["fit", "--method", "deep-sad", "--size", "64"]
@@ -120,13 +121,9 @@ def test_a_detector_is_written_and_no_checkpoint_is_left(
 
 
 def test_a_published_teacher_and_own_pictures_serve_efficientad(
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    painted_normals: Path,
-    anomalies: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, painted_normals: Path, anomalies: Path
 ) -> None:
-    monkeypatch.setattr("edgead.server_side.detectors.efficientad.knows_bfloat16", lambda _: True)
+    precision = "bfloat16" if knows_bfloat16(torch_device()) else "float32"
     teacher = PatchDescription(seed=3)
     state = {
         f"conv{at}.{name}": value
@@ -136,13 +133,13 @@ def test_a_published_teacher_and_own_pictures_serve_efficientad(
     torch.save(state, tmp_path / "published.pth")
     words = ["fit", "--method", "efficientad", "--size", "64", "--steps", "1", "--normal", painted_normals, "--json"]
     words += ["--teacher", tmp_path / "published.pth", "--generic", anomalies]
-    words += ["--precision", "bfloat16", "--start", "random"]
+    words += ["--precision", precision, "--start", "random"]
     code, out, error = run(capsys, *words, "-o", tmp_path / "part.detector")
     assert code == 0, error
     card = json.loads(out)
     assert card["teacher"] == {"published": "published.pth"}
     assert card["penalty"] == {"pictures": 8, "kind": "own pictures"}
-    assert card["precision"] == "bfloat16"
+    assert card["precision"] == precision
     assert card["student_unlearned"] > 0.5, "after one step"
     code, out, error = run(capsys, *[word for word in words if word != "--json"], "-o", tmp_path / "other.detector")
     assert code == 0, error

@@ -163,13 +163,10 @@ class TeacherTask:
 
         They rest on generic pictures as much as on normals: filters of normals alone would be the student's.
         """
-        half = CROPS // 2
-        some = [
-            each[batch_of(len(each), min(half, len(each)), self._seed, 0)]
-            for each in (self._frames, self._generic)
-            if len(each)
-        ]
-        frames, seed = np.concatenate(some), self._seed + _OTHER_CROPS
+        seed = self._seed + _OTHER_CROPS
+        both = [frames for frames in (self._frames, self._generic) if len(frames)]
+        some = [frames[batch_of(len(frames), min(CROPS // 2, len(frames)), seed, 0).numpy()] for frames in both]
+        frames = np.concatenate(some)
         with computing_on(self._device):
             component_filters(self.module, frames, seed, "teacher: ")
             read_out(self.module, normal_examples(frames, self._wanted, seed), CHANNELS, seed, "teacher: ")

@@ -3,7 +3,7 @@
 All pictures that are measured on are held out: other parts than those that the model saw, 400 of each type.
 
 A processor rounds in its own way, and 800 steps of training make another model of that: with the same seed "thread"
-lifts APRIL-GAN by more than 0.1 where there is AVX-512, and by 0.085 where there is none. Bounds leave room for that.
+lifts APRIL-GAN by more than 0.1 where there is AVX-512, and by 0.085 where there is none. Each has its own bounds.
 """
 
 from __future__ import annotations
@@ -44,6 +44,11 @@ from edgead.server_side.vision_language.options import VisionLanguageOptions
 pytestmark = pytest.mark.slow
 
 PARTS = 400
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+LIFT = 0.1 if AVX512 else 0.07
+"""Least gain of AUROC by a sentence, and by a sample."""
+DROPPED = 0.8 if AVX512 else 0.7
+"""Least share of pictures for which a prompt that fits them all is dropped."""
 OTHERS = ("hole", "scratch", "stain")
 
 
@@ -184,7 +189,7 @@ def test_the_sentence_thread_lets_threads_pass_and_leaves_other_defects_alone(
         inspector.swap(pack)
     for name in Scores._fields:
         old, new = getattr(before, name), getattr(after, name)
-        assert held.thread_is_normal(new) - held.thread_is_normal(old) >= 0.07
+        assert held.thread_is_normal(new) - held.thread_is_normal(old) >= LIFT
         for kind in OTHERS:
             # The memory bank finds every scratch; the tiny CLIP takes some of them for threads, and they are lost.
             most = 0.08 if inspector.spec.method == "memory-bank" and kind == "scratch" else 0.02
@@ -235,8 +240,8 @@ def test_contextual_scoring_drops_planted_prompts_that_fit_every_part(
         dropped = (alfa.contextual_scores(seen[0], table, count, state) == 0.0).numpy()
     planted = np.isin([prompt.text for prompt in prompts.class_prompts()], AMBIGUOUS)
     assert planted.sum() == len(AMBIGUOUS)
-    # Each of them for most pictures, whatever they show.
-    assert dropped[:, planted].mean(0).min() > 0.7
+    # Each of them for nearly every picture, whatever it shows.
+    assert dropped[:, planted].mean(0).min() > DROPPED
     # What says that a part is bad is kept where it is.
     assert dropped[defects][:, (state.numpy() == 1.0) & ~planted].mean() < 0.1
     assert min(figures) > 0.9
@@ -259,7 +264,7 @@ def test_one_sample_in_the_anomalous_bank_finds_a_defect_that_no_prompt_names(
         image.write_bytes(encode_png(sample.images[1]))
         mask.write_bytes(encode_png(np.repeat(sample.masks[1][..., None] * np.uint8(255), 3, axis=2)))
         after = outputs(anomalous_few_shot.learn([], words, [(image, mask)]), seen)["score"]
-        assert shown.against_good(kind, after) > shown.against_good(kind, before) + 0.07
+        assert shown.against_good(kind, after) > shown.against_good(kind, before) + LIFT
         assert shown.against_good(kind, after) > 0.8
 
 

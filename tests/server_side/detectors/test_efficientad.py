@@ -269,6 +269,14 @@ def task(kind: type[EfficientAdTask] = EfficientAdTask, *, generic: bool = True,
     )
 
 
+def with_marks(masks: NDArray[np.bool_], *, known: bool = True) -> EfficientAdTask:
+    """Two anomalies with masks [2, S, S], if they are known, and no generic pictures."""
+    anomalies = Anomalies(Frames.generic, masks, np.full(2, known))
+    return EfficientAdTask(
+        EfficientAdNetworks((SIDE, SIDE)), Frames.normal, Frames.normal[:0], anomalies, Frames.normal
+    )
+
+
 class Interrupted(EfficientAdTask):
     """Somebody presses Ctrl-C in step 2."""
 
@@ -295,26 +303,14 @@ def test_anomalies_are_penalised_every_second_step_and_without_generic_pictures_
     both, only = task(), task(generic=False)
     assert all(both.step(number)["penalty"] > 0 for number in range(2))
     assert all(only.step(number)["penalty"] > 0 for number in range(2))
-    bare = EfficientAdTask(
-        EfficientAdNetworks((SIDE, SIDE)),
-        Frames.normal,
-        Frames.normal[:0],
-        Anomalies(Frames.generic, np.zeros((2, SIDE, SIDE), bool), np.zeros(2, bool)),
-        Frames.normal,
-    )
+    bare = with_marks(np.zeros((2, SIDE, SIDE), bool), known=False)
     assert bare.step(0)["penalty"] == 0.0, "an anomaly without a mask teaches nothing"
 
 
 def test_a_mask_that_only_the_rim_shows_teaches_nothing_and_breaks_nothing() -> None:
     masks = np.zeros((2, SIDE, SIDE), bool)
     masks[0, :4], masks[1, 30:40, 30:40] = True, True
-    rim = EfficientAdTask(
-        EfficientAdNetworks((SIDE, SIDE)),
-        Frames.normal,
-        Frames.normal[:0],
-        Anomalies(Frames.generic, masks, np.ones(2, bool)),
-        Frames.normal,
-    )
+    rim = with_marks(masks)
     assert all(rim.step(number)["penalty"] > 0 for number in range(3))
 
 
@@ -323,13 +319,7 @@ def test_a_student_begins_by_saying_little_of_what_is_no_normal() -> None:
     masks[:, 24:40, 24:40] = True
     said = {}
     for known in (True, False):
-        begun = EfficientAdTask(
-            EfficientAdNetworks((SIDE, SIDE)),
-            Frames.normal,
-            Frames.normal[:0],
-            Anomalies(Frames.generic, masks, np.full(2, known)),
-            Frames.normal,
-        )
+        begun = with_marks(masks, known=known)
         standardise(begun.module.teacher, Frames.normal)
         begun.start()
         with torch.inference_mode():
