@@ -31,7 +31,6 @@ KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 OTHER = Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
 PUBLIC = KEY.public_key().public_bytes_raw()
 QUALITY = PinSigner(KEY.sign, "quality", "Anna, quality")
-NOW = datetime.now(timezone.utc).replace(microsecond=0)
 
 
 @pytest.fixture
@@ -168,9 +167,11 @@ def test_row_38_a_window_that_has_ended_or_not_begun_is_refused_by_the_time_that
 ) -> None:
     world.update()
     pin = pinned(world, world.digests[1])
+    # Taken here: this module may have been read long before.
+    now = datetime.now(timezone.utc)
 
     def window(begin: timedelta, end: timedelta) -> Pin:
-        first, last = (f"{NOW + part:%Y-%m-%dT%H:%M:%SZ}" for part in (begin, end))
+        first, last = (f"{now + part:%Y-%m-%dT%H:%M:%SZ}" for part in (begin, end))
         return signed_again(msgspec.structs.replace(pin, ts=first, not_before=first, not_after=last))
 
     put(world, pin.pack, encode_pin(window(timedelta(days=-30), timedelta(hours=-1))))
@@ -179,7 +180,7 @@ def test_row_38_a_window_that_has_ended_or_not_begun_is_refused_by_the_time_that
     refused(asking, server, "a key that counts now")
     put(world, pin.pack, encode_pin(window(timedelta(days=-1), timedelta(hours=1))))
     # The camera's own clock is not asked: within the slack it may be behind.
-    outcome = asking.poll(clock=lambda: NOW.timestamp() - 3000)
+    outcome = asking.poll(clock=lambda: now.timestamp() - 3000)
     assert outcome.status == "activated", outcome
 
 
