@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -35,6 +38,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first; everything else in its order."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_table_of_operators() -> Iterator[None]:
+    """Let torch read its table of ONNX operators once in a process: it parses 500 functions for every graph, which is
+    two thirds of the time that a small one takes, and tests export hundreds. It only reads the table afterwards."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "torch" in sys.modules:  # else no collected module needs it
+            # Not part of torch's interface: where another version has it elsewhere, tests take longer.
+            with contextlib.suppress(ImportError, AttributeError):
+                from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+                patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        yield
 
 
 @pytest.fixture(scope="session")
