@@ -51,7 +51,9 @@ _PATH = click.Path(path_type=Path)
     "30 without a deadline.",
 )
 @click.option("--limit", type=click.IntRange(1), help="End after so many frames.")
-@click.option("--threads", type=click.IntRange(1), help="Processor threads; all that are available if left out.")
+@click.option(
+    "--threads", type=click.IntRange(1), help="Processor threads; if left out all there are, or OMP_NUM_THREADS."
+)
 @click.option(
     "--unanswered",
     type=click.Choice(["ok", "ng"]),
@@ -215,7 +217,9 @@ def show(path: Path, as_json: bool) -> None:
 @click.option(
     "--seconds", type=click.FloatRange(0.1, 3600), default=5.0, show_default=True, help="Time for each engine."
 )
-@click.option("--threads", type=click.IntRange(1), help="Processor threads; all that are available if left out.")
+@click.option(
+    "--threads", type=click.IntRange(1), help="Processor threads; if left out all there are, or OMP_NUM_THREADS."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as one JSON object.")
 def bench(
     bundle: Path,

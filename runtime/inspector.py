@@ -45,7 +45,7 @@ class Inspector:
     Args:
         bundle: an open bundle, or the path of one.
         target: which engine ('openvino:fp16', 'onnx', ...); None for the best that this machine has.
-        threads: processor threads per inference; None for as many as the process may use.
+        threads: processor threads per inference; None for all that the process may use, or `OMP_NUM_THREADS` of them.
         device: the library's name of a device, None for its default.
         packs: knowledge to start with instead of, or beside, the bundle's own.
         products: products of the bundle to open; None for all. Each costs the time of a head.

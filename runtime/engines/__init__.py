@@ -114,7 +114,7 @@ class Engine(abc.ABC):
     Args:
         bundle: where the files are read from, checked.
         record: which engine.
-        threads: processor threads per inference; None for as many as the process may use.
+        threads: processor threads per inference; None for all that the process may use, or `OMP_NUM_THREADS` of them.
         device: the library's name of a device, None for its default.
     """
 
@@ -210,7 +210,7 @@ def open_engine(
         bundle: an open bundle.
         target: an engine's name ('onnx-fp32'), a target ('onnx'), a target with its precision
             ('openvino:fp16'), or None for the first that this machine has a library for.
-        threads: processor threads per inference; None for as many as the process may use.
+        threads: processor threads per inference; None for all that the process may use, or `OMP_NUM_THREADS` of them.
         device: the library's name of a device, None for its default.
 
     Raises:
@@ -286,8 +286,15 @@ def with_batch(ports: tuple[Port, ...], batch: int) -> tuple[Port, ...]:
 
 
 def available_threads() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Threads for one inference: as many as this process has processors, and no more than `OMP_NUM_THREADS` says.
+
+    The engines here do not read that variable (OpenMP 5.2, section 21.2) for themselves; but whoever sets it for a
+    service, or for processes side by side, means all its numerics. The first of a list counts; what is no number of
+    threads is ignored.
+    """
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return min(there, int(said)) if said.isdecimal() and int(said) > 0 else there
 
 
 def first_line(error: Exception) -> str:

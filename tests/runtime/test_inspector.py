@@ -71,6 +71,33 @@ def test_the_map_of_an_inspection_outlives_the_next_frame(tiny: ModuleType, tmp_
 
 
 @pytest.mark.parametrize("engine", engines())
+def test_two_threads_answer_as_one_does(tiny: ModuleType, tmp_path: Path, engine: str) -> None:
+    made = tiny.bundle(tmp_path / "b", targets=engines())
+    seen = []
+    for threads in (1, 2):
+        with Inspector(made, target=engine, threads=threads) as inspector:
+            assert inspector.threads == threads
+            seen.append([inspector.inspect(tiny.frame(level)) for level in (110, 240)])
+    for one, two in zip(*seen, strict=True):
+        assert two.score == pytest.approx(one.score, rel=1e-6)
+        np.testing.assert_allclose(two.anomaly_map, one.anomaly_map, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("said", "threads"), [("1", 1), ("1,4", 1), ("4096", None), ("", None), ("0", None), ("all", None)]
+)
+def test_whoever_limits_openmp_limits_an_inspector(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, said: str, threads: int | None
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    with Inspector(tiny_bundle) as inspector:
+        there = inspector.threads
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    with Inspector(tiny_bundle) as inspector:
+        assert inspector.threads == (threads or there)
+
+
+@pytest.mark.parametrize("engine", engines())
 def test_a_swap_at_full_speed_mixes_no_versions_and_loses_no_frame(
     tiny: ModuleType, tmp_path: Path, engine: str
 ) -> None:

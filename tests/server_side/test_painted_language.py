@@ -9,7 +9,6 @@ lifts APRIL-GAN by more than 0.1 where there is AVX-512, and by 0.085 where ther
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -20,9 +19,12 @@ import torch
 from numpy.typing import NDArray
 
 from edgead.exporter.export import export_bundle
+from edgead.runtime.bundle import Bundle
+from edgead.runtime.engines import open_engine
 from edgead.runtime.image import encode_png
 from edgead.runtime.inspector import Inspector
 from edgead.runtime.knowledge import Pack, head_feeds
+from edgead.runtime.normality import suppress_map, suppress_score, suppression_map
 from edgead.runtime.spec import Preprocessing
 from edgead.server_side.detectors import alfa, anomalous_few_shot, april_gan, normality, winclip
 from edgead.server_side.detectors.auxiliary import MaskedPicture, listed_auxiliary
@@ -57,6 +59,13 @@ class Scores(NamedTuple):
 
     score: NDArray[np.float64]
     top: NDArray[np.float64]
+
+
+class Found(NamedTuple):
+    """Without a sentence, and with 'thread'."""
+
+    before: Scores
+    after: Scores
 
 
 class Held(NamedTuple):
@@ -124,14 +133,14 @@ def normality_file(options: VisionLanguageOptions, tmp_path_factory: pytest.Temp
 
 
 @pytest.fixture(scope="module", params=["april-gan", "winclip", "memory-bank"])
-def inspector(
+def bundle(
     request: pytest.FixtureRequest,
     options: VisionLanguageOptions,
     normals: list[Path],
     normality_file: Path,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Inspector]:
-    """A bundle with a normality detector, on the runtime: zero-shot, but for the memory bank."""
+) -> Bundle:
+    """A bundle with a normality detector: zero-shot, but for the memory bank."""
     folder = tmp_path_factory.mktemp("bundle")
     path = folder / "base.detector"
     if request.param == "april-gan":
@@ -141,24 +150,42 @@ def inspector(
     else:
         size = Preprocessing(options_side(options), options_side(options))
         fit_memory_bank(normals[0].parent, path, FitOptions(preprocessing=size, rows=1000, product="carpet"))
-    bundle = export_bundle(path, folder / "base.bundle", ["onnx"], normality=normality_file)
-    with Inspector(bundle, suppression="eager") as opened:
-        yield opened
+    return export_bundle(path, folder / "base.bundle", ["onnx"], normality=normality_file)
 
 
 @pytest.fixture(scope="module")
-def before(inspector: Inspector, held: Held) -> Scores:
-    return scores(inspector, held)
+def thread(bundle: Bundle, model: VisionLanguageModel) -> Pack:
+    """The bundle's knowledge, with a sentence."""
+    return calling_normal(bundle.pack("carpet"), model, "thread")
+
+
+@pytest.fixture(scope="module")
+def found(bundle: Bundle, thread: Pack, held: Held) -> Found:
+    """By the bundle's engine, as an inspector with eager suppression runs it; but each frame goes through a trunk once,
+    for the scores without the sentence and for those with it."""
+    second = bundle.manifest.normality
+    assert second is not None
+    view = second.detector.preprocessing
+    before, after = [], []
+    with open_engine(bundle) as engine:
+        pair = engine.normality()
+        assert pair is not None
+        trunk, head, explains = engine.trunk(), engine.head(thread), pair.head(thread)
+        other = None if second.shared_trunk else pair.trunk()
+        for image in held.images:
+            features = trunk.infer({"image": image[None]})
+            outputs = head.infer(features)
+            score, anomaly_map = float(outputs["score"][0]), outputs["anomaly_map"][0].copy()
+            explained = explains.infer(features if other is None else other.infer({"image": image[None]}))
+            share = suppression_map(explained, anomaly_map.shape, image.shape, view)
+            suppressed = suppress_map(anomaly_map, share)
+            before.append((score, anomaly_map.max()))
+            after.append((suppress_score(score, anomaly_map, suppressed), suppressed.max()))
+    return Found(*(Scores(*np.array(each, np.float64).T) for each in (before, after)))
 
 
 def options_side(options: VisionLanguageOptions) -> int:
     return load_model(options.model, options.weights).size[0]
-
-
-def scores(inspector: Inspector, held: Held) -> Scores:
-    found = [inspector.inspect(image) for image in held.images]
-    tops = [-1.0 if one.anomaly_map is None else float(one.anomaly_map.max()) for one in found]
-    return Scores(np.array([one.score for one in found], np.float64), np.array(tops))
 
 
 def calling_normal(pack: Pack, model: VisionLanguageModel, text: str) -> Pack:
@@ -167,32 +194,37 @@ def calling_normal(pack: Pack, model: VisionLanguageModel, text: str) -> Pack:
     return dataclasses.replace(pack, arrays={**pack.arrays, **arrays})
 
 
-def test_held_out_defects_are_found_without_a_single_photograph(
-    inspector: Inspector, before: Scores, held: Held
-) -> None:
-    if inspector.spec.method == "memory-bank":
+def test_an_inspector_scores_as_its_engine_does(bundle: Bundle, thread: Pack, found: Found, held: Held) -> None:
+    with Inspector(bundle, suppression="eager") as inspector:
+        for scores, pack in zip(found, (None, thread), strict=True):
+            if pack is not None:
+                inspector.swap(pack)
+            for place in range(20):
+                seen = inspector.inspect(held.images[place])
+                assert seen.anomaly_map is not None
+                assert (seen.score, seen.anomaly_map.max()) == pytest.approx(
+                    (scores.score[place], scores.top[place]), rel=1e-4, abs=1e-6
+                )
+
+
+def test_held_out_defects_are_found_without_a_single_photograph(bundle: Bundle, found: Found, held: Held) -> None:
+    if bundle.manifest.detector.method == "memory-bank":
         pytest.skip("a memory bank is made of photographs")
-    assert held.all_defects(before.score) > 0.9
-    assert held.all_defects(before.top) > 0.9
+    assert held.all_defects(found.before.score) > 0.9
+    assert held.all_defects(found.before.top) > 0.9
 
 
 def test_the_sentence_thread_lets_threads_pass_and_leaves_other_defects_alone(
-    inspector: Inspector, before: Scores, held: Held, model: VisionLanguageModel
+    bundle: Bundle, found: Found, held: Held
 ) -> None:
     for kind in ("good", "thread", *OTHERS):
         assert (held.kinds == kind).sum() >= PARTS
-    pack = inspector.knowledge()
-    inspector.swap(calling_normal(pack, model, "thread"))
-    try:
-        after = scores(inspector, held)
-    finally:
-        inspector.swap(pack)
     for name in Scores._fields:
-        old, new = getattr(before, name), getattr(after, name)
+        old, new = getattr(found.before, name), getattr(found.after, name)
         assert held.thread_is_normal(new) - held.thread_is_normal(old) >= LIFT
         for kind in OTHERS:
             # The memory bank finds every scratch; the tiny CLIP takes some of them for threads, and they are lost.
-            most = 0.08 if inspector.spec.method == "memory-bank" and kind == "scratch" else 0.02
+            most = 0.08 if bundle.manifest.detector.method == "memory-bank" and kind == "scratch" else 0.02
             assert abs(held.against_good(kind, new) - held.against_good(kind, old)) < most
 
 
