@@ -88,8 +88,14 @@ def extras(painted_normals: Path) -> EfficientAdExtras:
 
 
 @pytest.fixture(scope="module")
-def learned(painted_normals: Path, anomalies: Samples, extras: EfficientAdExtras) -> Learned:
-    return learn(list_images(painted_normals), OPTIONS, anomalies, extras=extras)
+def paths(painted_normals: Path) -> list[Path]:
+    """Few, since a closed form takes the time of its crops, and they are up to four of each photograph."""
+    return list_images(painted_normals)[:6]
+
+
+@pytest.fixture(scope="module")
+def learned(paths: list[Path], anomalies: Samples, extras: EfficientAdExtras) -> Learned:
+    return learn(paths, OPTIONS, anomalies, extras=extras)
 
 
 def descriptions(seed: int, *shape: int) -> NDArray[np.float64]:
@@ -329,10 +335,9 @@ def test_a_student_begins_by_saying_little_of_what_is_no_normal() -> None:
 
 
 def test_a_fit_that_is_interrupted_anywhere_and_continued_gives_the_same_detector(
-    painted_normals: Path, anomalies: Samples, extras: EfficientAdExtras, learned: Learned, tmp_path: Path
+    paths: list[Path], anomalies: Samples, extras: EfficientAdExtras, learned: Learned, tmp_path: Path
 ) -> None:
     checkpoint = tmp_path / "fit.training"
-    paths = list_images(painted_normals)
     # Faster than the whole fit, so that starts are cut off in different places.
     before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
     found, starts, seconds = None, 0, 0.4
@@ -355,15 +360,12 @@ def test_a_fit_that_is_interrupted_anywhere_and_continued_gives_the_same_detecto
     assert not (tmp_path / "fit.training.teacher").exists()
 
 
-def test_the_card_says_what_is_not_the_paper_s(
-    learned: Learned, painted_normals: Path, quick: EfficientAdExtras
-) -> None:
+def test_the_card_says_what_is_not_the_paper_s(learned: Learned, paths: list[Path], quick: EfficientAdExtras) -> None:
     assert learned.card["paper_steps"] == 70_000
     assert learned.card["training"]["steps"] == 4
     assert learned.card["start"] == "closed"
     assert learned.card["penalty"] == {"pictures": 2, "kind": "own pictures"}
     assert learned.card["data"]["anomalies_with_masks"] == 3
-    paths = list_images(painted_normals)
     one = TrainedOptions(preprocessing=Preprocessing(SIDE, SIDE), steps=1)
     without = learn(paths[:2], one, extras=dataclasses.replace(quick, penalty=()))
     assert without.card["start"] == "random"
