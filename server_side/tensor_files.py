@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from edgead.runtime.errors import StorageError, storage_errors
 from edgead.runtime.files import write_file
 from edgead.runtime.spec import canonical_json
+from edgead.runtime.tensors import encode_tensors
 
 
 class ForeignFileError(Exception):
@@ -25,7 +25,7 @@ class ForeignFileError(Exception):
 
 
 def write_tensors(path: Path, module: nn.Module, kind: str, schema: str, content: Mapping[str, Any]) -> None:
-    """Write a module's tensors as safetensors, whole or not at all.
+    """Write a module's tensors as safetensors, whole or not at all; the same content is always the same bytes.
 
     Args:
         path: the file; an existing one is replaced.
@@ -37,8 +37,10 @@ def write_tensors(path: Path, module: nn.Module, kind: str, schema: str, content
     Raises:
         StorageError: the file system refused.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    write_file(path, save(tensors, {f"edgead.{kind}": schema, "content": canonical_json(dict(content)).decode()}))
+    arrays = {name: tensor.detach().cpu().numpy() for name, tensor in module.state_dict().items()}
+    # safetensors' own writer puts its metadata in another order every time.
+    metadata = {f"edgead.{kind}": schema, "content": canonical_json(dict(content)).decode()}
+    write_file(path, encode_tensors(arrays, metadata))
 
 
 def read_tensors(path: Path, kind: str, schema: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
