@@ -129,6 +129,7 @@ def _cell(data: Path, folder: Path, method: str, which: str, seed: int, options:
         "rounds": settings.rounds,
         "tested": len(result.outcomes),
         "fit_seconds": seconds,
+        "student_unlearned": learned.card.get("student_unlearned"),
         **{figure: getattr(kinds["all"], figure) for figure in FIGURES},
         "auroc_by_type": {name: kind.auroc for name, kind in kinds.items() if name not in ("all", "good")},
         "milliseconds": result.milliseconds,

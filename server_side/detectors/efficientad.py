@@ -61,8 +61,8 @@ SCALE = 0.1
 BY_HAND = 0.3
 UNLEARNED = 0.5
 """Share of the teacher that a student may have left unlearned on held-out normals without a warning. One that knows
-nothing has 1 or more. On magnetic tiles students with 0.6 found nothing (image AUROC 0.47), those with 0.3 did (0.65 to
-0.83)."""
+nothing has 1 or more. On magnetic tiles students with 0.6 found nothing (image AUROC 0.47), those with 0.3 did (0.77
+and more)."""
 _TOO_SHORT = (
     "the student has not learned {:.0%} of what its teacher says of held-out normals and may find nothing; "
     "train longer: --steps, best on a GPU"

@@ -196,9 +196,8 @@ def calling_normal(pack: Pack, model: VisionLanguageModel, text: str) -> Pack:
 
 def test_an_inspector_scores_as_its_engine_does(bundle: Bundle, thread: Pack, found: Found, held: Held) -> None:
     with Inspector(bundle, suppression="eager") as inspector:
-        for scores, pack in zip(found, (None, thread), strict=True):
-            if pack is not None:
-                inspector.swap(pack)
+        for scores, pack in zip(found, (bundle.pack("carpet"), thread), strict=True):
+            inspector.swap(pack)
             for place in range(20):
                 seen = inspector.inspect(held.images[place])
                 assert seen.anomaly_map is not None

@@ -62,7 +62,7 @@ GROUPS = {
 
 
 class Bench(NamedTuple):
-    """A painted data set, a zero-shot bundle with a normality detector and a few-shot one without over it."""
+    """A painted data set; for it a zero-shot bundle with a normality detector, and a few-shot one without."""
 
     data: Path
     zero: Path
